@@ -54,7 +54,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, tqdm
 from diffusers import (
     AutoencoderKL,
@@ -87,7 +86,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-logger = get_logger("sap_lora")
+logger = logging.getLogger("sap_lora")
 
 PIPELINE_CLASS = StableDiffusionPipeline
 DENOISER_CLASS = UNet2DConditionModel
@@ -122,9 +121,7 @@ class UsageError(ValueError):
     """Something that the user can mend: the message names the flag or the file, what is wrong and what to do."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Command line ----
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -136,16 +133,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def boolean(text: str) -> bool:
     """Read true or false from a flag's value; `bool("False")` is True, which nobody means."""
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    return values[text.lower()] if text.lower() in values else int("not a boolean")
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise ValueError(text)
 
 
 boolean.__name__ = "bool"  # argparse puts it into its message: invalid bool value
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    add = group.add_argument
+    add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True, type=str, help="Base pipeline: hub name or local folder.")
     add("--revision", type=str, help="Branch, tag or commit of the base pipeline on the hub.")
     add("--variant", type=str, help="File variant of the base weights, such as fp16.")
@@ -158,11 +157,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("subject: pictures and captions")
-    add = group.add_argument
-    add(
-        "--instance_data_dir", type=str, help="Folder of pictures, captions in metadata.jsonl or NAME.txt."
-    )
+    add = parser.add_argument_group("subject: pictures and captions").add_argument
+    add("--instance_data_dir", type=str, help="Folder of pictures, captions in metadata.jsonl or NAME.txt.")
     add("--instance_prompt", required=True, type=str, help='Subject prompt, such as "a photo of sks dog".')
     add("--dataset_name", type=str, help="A `datasets` dataset of the pictures instead of a folder: hub name or path.")
     add("--dataset_config_name", type=str, help="Configuration of that dataset.")
@@ -181,8 +177,7 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_anchor_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("semantic anchor")
-    add = group.add_argument
+    add = parser.add_argument_group("semantic anchor").add_argument
     add("--class_prompt", type=str, help='Anchor prompt: the same sentence for the class, "a photo of a dog".')
     add("--anchor_weight", type=float, default=0.5, help="w of the objective; 0 is plain DreamBooth-LoRA.")
     add("--subject_token", type=str, help="Word of the subject: anchor captions are the captions without it.")
@@ -191,8 +186,7 @@ def add_anchor_arguments(parser: argparse.ArgumentParser) -> None:
         help="Model that gives the anchor; finetuned (the model in training, no gradient) is the paper's ablation. "
         "Both read the class prompt through the text encoders as they were before training.")  # fmt: skip
     add("--anchor_batch_size", type=int, default=4, help="Samples of coming micro-steps in one anchor forward.")
-    old = parser.add_argument_group("prior preservation", "Accepted for old command lines; the anchor replaces it.")
-    add = old.add_argument
+    add = parser.add_argument_group("prior preservation", "Accepted for old command lines, unused.").add_argument
     add("--with_prior_preservation", action="store_true", help="Unused.")
     add("--class_data_dir", type=str, help="Unused: no class pictures are read.")
     add("--num_class_images", type=int, default=100, help="Unused: no class pictures are made.")
@@ -202,8 +196,7 @@ def add_anchor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("LoRA")
-    add = group.add_argument
+    add = parser.add_argument_group("LoRA").add_argument
     add("--rank", type=int, default=4, help="Rank of the update matrices.")
     add("--lora_alpha", type=float, help="The update is scaled by alpha / rank (default: the rank, a scale of 1).")
     add("--lora_dropout", type=float, default=0.0, help="Dropout before the update matrices.")
@@ -213,8 +206,7 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("training")
-    add = group.add_argument
+    add = parser.add_argument_group("training").add_argument
     add("--max_train_steps", type=int, help="Optimizer steps in all; goes before --num_train_epochs.")
     add("--num_train_epochs", type=int, default=1, help="Epochs, where --max_train_steps is not given.")
     add("--train_batch_size", type=int, default=4, help="Samples a device in one micro-step.")
@@ -230,8 +222,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("optimizer")
-    add = group.add_argument
+    add = parser.add_argument_group("optimizer").add_argument
     add("--learning_rate", type=float, help="Learning rate after warm-up.")
     add("--text_encoder_lr", type=float, default=5e-6, help="Learning rate of the text encoder's LoRA.")
     add("--scale_lr", action="store_true", help="Multiply the rate by accumulation, batch size and processes.")
@@ -254,8 +245,7 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("output: validation, checkpoints, logs, hub")
-    add = group.add_argument
+    add = parser.add_argument_group("output: validation, checkpoints, logs, hub").add_argument
     add("--output_dir", type=str, default=OUTPUT_DIR, help="Folder of the LoRA, the checkpoints and the logs.")
     add("--output_kohya_format", action="store_true", help="Also write the LoRA with the keys of kohya's tools.")
     add("--validation_prompt", type=str, help="Prompt of pictures made during training and at its end.")
@@ -405,9 +395,7 @@ def warn_about_arguments(args: argparse.Namespace) -> None:
         logger.warning("--text_encoder_lr: unused, Prodigy has one rate for all, --learning_rate")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The method: these four functions can be lifted into any other diffusers + peft training script
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The method: these four functions can be lifted into any other diffusers + peft training script ----
 
 
 @contextlib.contextmanager
@@ -521,9 +509,7 @@ def semantic_anchor_loss(
     return reconstruction + anchor_weight * anchor_distance, reconstruction, anchor_distance
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The subject's pictures
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The subject's pictures ----
 
 
 def read_image(source: Path | Image.Image) -> Image.Image:
@@ -612,6 +598,12 @@ def load_dataset_columns(args: argparse.Namespace) -> tuple[Sequence[Image.Image
     return images, captions
 
 
+def covering_size(size: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
+    """The (height, width) of a picture when it is resized to just cover a window, before it is cropped."""
+    scale = max(window[0] / size[0], window[1] / size[1])
+    return round(size[0] * scale), round(size[1] * scale)
+
+
 class SubjectImages(torch.utils.data.Dataset):
     """The subject's pictures and captions. An item depends on nothing but the draw (index, key) that asks for it.
 
@@ -628,18 +620,17 @@ class SubjectImages(torch.utils.data.Dataset):
     def __init__(self, images: Sequence, captions: list[str], anchor_captions: list[str], args: argparse.Namespace):
         self.images, self.captions, self.anchor_captions = images, captions, anchor_captions
         self.random_flip, self.caption_dropout = args.random_flip, args.caption_dropout
-        sizes = [read_image(images[i]).size for i in tqdm(range(len(images)), desc="Reading pictures", leave=False)]
-        square = (args.resolution, args.resolution)
-        buckets = parse_buckets_string(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else [square]
-        self.sizes = [(height, width) for width, height in sizes]
+        progress = tqdm(range(len(images)), desc="Reading pictures", leave=False)
+        self.sizes = [read_image(images[i]).size[::-1] for i in progress]  # (height, width)
+        buckets = [(args.resolution, args.resolution)]
+        if args.aspect_ratio_buckets is not None:
+            buckets = parse_buckets_string(args.aspect_ratio_buckets)
         self.windows = [buckets[find_nearest_bucket(height, width, buckets)] for height, width in self.sizes]
-        fits = all(h * W == w * H for (H, W), (h, w) in zip(self.sizes, self.windows, strict=True))
-        centred = args.center_crop or len(buckets) > 1 or args.aspect_ratio_buckets is not None or fits
+        fits = all(covering_size(*pair) == pair[1] for pair in zip(self.sizes, self.windows, strict=True))
+        centred = args.center_crop or args.aspect_ratio_buckets is not None or fits
         self.cacheable = centred or args.cache_latents
-        self.fixed_centering = None
-        if self.cacheable:
-            crops = [torch.rand(2, generator=keyed_generator(args.seed, "crop", i)) for i in range(len(images))]
-            self.fixed_centering = [(0.5, 0.5) if centred else tuple(crop.tolist()) for crop in crops]
+        crops = [torch.rand(2, generator=keyed_generator(args.seed, "crop", i)).tolist() for i in range(len(images))]
+        self.fixed_centering = [(0.5, 0.5)] * len(images) if centred else crops  # used where latents are cached
         mode = args.image_interpolation_mode.replace("nearest_exact", "nearest").upper()
         self.resampling = Image.Resampling[mode]
         self.to_tensor = VaeImageProcessor(do_resize=False)
@@ -707,9 +698,7 @@ def load_subject_images(args: argparse.Namespace) -> SubjectImages:
     return SubjectImages(images, subject, anchor, args)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stateless randomness: the same key draws the same numbers, whatever was drawn before, on every device
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Stateless randomness: the same key draws the same numbers, whatever was drawn before, on every device ----
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:
@@ -760,25 +749,33 @@ def as_list(items: list) -> list:
     return items
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Components, in stages: text encoders, then the VAE, then the denoiser
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Components, in stages: text encoders, then the VAE, then the denoiser ----
 
 
 @dataclasses.dataclass
-class Components:
-    """What the run holds in memory. The text pipeline and the VAE are None as soon as they are not needed."""
+class Run:
+    """What the stages of a run hand on. The text pipeline and the VAE are None as soon as they are not needed."""
 
-    device: torch.device
-    dtype: torch.dtype  # of frozen weights and of embeddings
-    scheduler: DDPMScheduler
-    embeddings: dict[str, dict[str, torch.Tensor]]  # prompt -> conditioning (1, ...), from un-adapted text encoders
-    sampling_inputs: dict[str, dict[str, torch.Tensor]]  # validation prompt -> arguments of the pipeline
-    vae_config: dict = dataclasses.field(default_factory=dict)
-    posteriors: dict[tuple[int, bool], torch.Tensor] = dataclasses.field(default_factory=dict)  # see encode_images
-    denoiser: torch.nn.Module | None = None
+    args: argparse.Namespace
+    accelerator: Accelerator
+    images: SubjectImages
+    scheduler: DDPMScheduler | None = None
     text_pipeline: PIPELINE_CLASS | None = None
+    embeddings: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)  # of each prompt
+    sampling_inputs: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)
     vae: AutoencoderKL | None = None
+    vae_config: dict = dataclasses.field(default_factory=dict)
+    posteriors: dict[tuple[int, bool], torch.Tensor] = dataclasses.field(default_factory=dict)
+    denoiser: torch.nn.Module | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of frozen weights and embeddings; what trains is always float32."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
 
     def adapted(self) -> dict[str, torch.nn.Module]:
         """The modules that have a LoRA, by their names in the pipeline."""
@@ -801,14 +798,14 @@ def check_pipeline(args: argparse.Namespace) -> None:
         raise UsageError(f"{flag} is a {index.get('_class_name')} {difference}: {BASE_KIND}")
 
 
-def load_text_pipeline(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> PIPELINE_CLASS:
+def load_text_pipeline(run: Run) -> PIPELINE_CLASS:
     """The base pipeline without denoiser and VAE: tokenizers, text encoders, `encode_prompt` and the scheduler."""
-    parts = dict(UNUSED_PARTS)
+    args, parts = run.args, dict(UNUSED_PARTS)
     if args.tokenizer_name is not None:
         parts["tokenizer"] = AutoTokenizer.from_pretrained(args.tokenizer_name)
     pipeline = PIPELINE_CLASS.from_pretrained(
-        args.pretrained_model_name_or_path, unet=None, vae=None, **parts, **hub_files(args), dtype=dtype
-    ).to(device)
+        args.pretrained_model_name_or_path, unet=None, vae=None, **parts, **hub_files(args), dtype=run.dtype
+    ).to(run.device)
     if args.tokenizer_max_length is not None:
         limit = pipeline.text_encoder.config.max_position_embeddings
         if args.tokenizer_max_length > limit:
@@ -848,7 +845,7 @@ def training_scheduler(pipeline: PIPELINE_CLASS) -> DDPMScheduler:
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise UsageError(
-            "--pretrained_model_name_or_path: its scheduler says prediction_type "
+            "--pretrained_model_name_or_path: its scheduler has the prediction_type "
             f"{scheduler.config.prediction_type}; epsilon and v_prediction can be trained"
         )
     return scheduler
@@ -878,68 +875,53 @@ def unscale_latents(latents: torch.Tensor, vae_config: dict) -> torch.Tensor:
 
 
 @torch.no_grad()
-def encode_texts(args: argparse.Namespace, images: SubjectImages, device: torch.device, dtype: torch.dtype):
-    """First stage: encode every prompt of the run with the text encoders as they are, then let them go.
-
-    Returns:
-        `Components` without VAE and denoiser; with the text pipeline only if its encoders will train.
-    """
-    pipeline = load_text_pipeline(args, device, dtype)
-    prompts = set(images.anchor_captions) if args.anchor_weight > 0 else set()
-    prompts |= set() if args.train_text_encoder else set(images.captions)
+def encode_texts(run: Run) -> None:
+    """First stage: encode every prompt with the text encoders as they are, then let them go if they will not train."""
+    args, pipeline = run.args, load_text_pipeline(run)
+    run.scheduler = training_scheduler(pipeline)
+    prompts = set(run.images.anchor_captions) if args.anchor_weight > 0 else set()
+    prompts |= set() if args.train_text_encoder else set(run.images.captions)
     prompts |= {""} if args.caption_dropout > 0 else set()
-    sampling_prompts = {args.validation_prompt, args.final_validation_prompt} - {None}
-    bar = tqdm(sorted(prompts), desc="Encoding prompts", leave=False)
-    components = Components(
-        device=device,
-        dtype=dtype,
-        scheduler=training_scheduler(pipeline),
-        embeddings={prompt: on_cpu(encode_prompts(pipeline, [prompt], device)) for prompt in bar},
-        sampling_inputs={prompt: encode_for_sampling(pipeline, prompt, device) for prompt in sampling_prompts},
-    )
-    if args.train_text_encoder:
-        components.text_pipeline = pipeline
-    return components
+    for prompt in tqdm(sorted(prompts), desc="Encoding prompts", leave=False):
+        conditioning = encode_prompts(pipeline, [prompt], run.device)
+        run.embeddings[prompt] = {name: tensor.cpu() for name, tensor in conditioning.items()}
+    for prompt in {args.validation_prompt, args.final_validation_prompt} - {None}:
+        run.sampling_inputs[prompt] = encode_for_sampling(pipeline, prompt, run.device)
+    run.text_pipeline = pipeline if args.train_text_encoder else None
 
 
 @torch.no_grad()
-def encode_images(components: "Components", args: argparse.Namespace, images: SubjectImages) -> None:
+def encode_images(run: Run) -> None:
     """Second stage: encode every picture (and its mirror image) to its posterior, then let the VAE go.
 
     Where crops are drawn anew at each step the VAE stays instead, and encodes them then.
     """
-    vae = load_vae(args, components.device)
-    components.vae_config = dict(vae.config)
-    if not images.cacheable:
-        components.vae = vae
+    vae = load_vae(run.args, run.device)
+    run.vae_config = dict(vae.config)
+    if not run.images.cacheable:
+        run.vae = vae
         return
-    flips = (False, True) if images.random_flip else (False,)
-    for index in tqdm(range(len(images)), desc="Encoding pictures", leave=False):
+    flips = (False, True) if run.args.random_flip else (False,)
+    for index in tqdm(range(len(run.images)), desc="Encoding pictures", leave=False):
         for flipped in flips:
-            pixel_values = images.pixel_values(index, flipped, images.fixed_centering[index])
-            posterior = vae.encode(pixel_values[None].to(components.device)).latent_dist
-            components.posteriors[index, flipped] = posterior.parameters.cpu()
+            pixel_values = run.images.pixel_values(index, flipped, run.images.fixed_centering[index])
+            posterior = vae.encode(pixel_values[None].to(run.device)).latent_dist
+            run.posteriors[index, flipped] = posterior.parameters.cpu()
 
 
-def on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.cpu() for name, tensor in tensors.items()}
-
-
-def load_denoiser(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+def load_denoiser(run: Run) -> None:
     """Third stage: the frozen denoiser, in the run's precision."""
-    denoiser = DENOISER_CLASS.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder=DENOISER, **hub_files(args), dtype=dtype
-    ).to(device)
+    args = run.args
+    run.denoiser = DENOISER_CLASS.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder=DENOISER, **hub_files(args), dtype=run.dtype
+    ).to(run.device)
     if args.enable_xformers_memory_efficient_attention:
-        denoiser.enable_xformers_memory_efficient_attention()
+        run.denoiser.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    return denoiser
+        run.denoiser.enable_gradient_checkpointing()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LoRA
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- LoRA ----
 
 
 def lora_targets(args: argparse.Namespace, name: str) -> list[str]:
@@ -949,14 +931,15 @@ def lora_targets(args: argparse.Namespace, name: str) -> list[str]:
     return [layer.strip() for layer in args.lora_layers.split(",")] if args.lora_layers else DENOISER_TARGETS
 
 
-def add_adapters(components: Components, args: argparse.Namespace) -> None:
+def add_adapters(run: Run) -> None:
     """Freeze the base and add LoRA layers, always in float32: half precision loses small updates.
 
     Raises:
         UsageError: if `--lora_layers` names no layer.
     """
+    args = run.args
     torch.manual_seed(args.seed)  # a LoRA starts at random: at the same place on all ranks
-    for name, module in components.adapted().items():
+    for name, module in run.adapted().items():
         config = LoraConfig(
             r=args.rank,
             lora_alpha=args.lora_alpha or args.rank,
@@ -974,23 +957,23 @@ def add_adapters(components: Components, args: argparse.Namespace) -> None:
         module.train()
 
 
-def lora_layers(components: Components) -> dict[str, dict[str, torch.Tensor]]:
+def lora_layers(run: Run) -> dict[str, dict[str, torch.Tensor]]:
     """The LoRA of each adapted module as peft names it, in float32 on the CPU.
 
     Text encoders' keys get the `text_model.` that transformers 5.6 dropped: other programs look for it.
     """
     layers = {}
-    for name, module in components.adapted().items():
+    for name, module in run.adapted().items():
         state = get_peft_model_state_dict(module, save_embedding_layers=False)
         prefix = "text_model." if name in TRAINABLE_TEXT_ENCODERS and not hasattr(module, "text_model") else ""
         layers[name] = {prefix + key: tensor.detach().float().cpu().contiguous() for key, tensor in state.items()}
     return layers
 
 
-def write_lora(components: Components, args: argparse.Namespace, folder: Path) -> None:
+def write_lora(run: Run, folder: Path) -> None:
     """Write the LoRA for `load_lora_weights`; an older file stays whole until the new one is complete."""
-    arguments = {}
-    for name, layers in lora_layers(components).items():
+    args, arguments = run.args, {}
+    for name, layers in lora_layers(run).items():
         arguments[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(layers)
         # Every other field of LoraConfig breaks some older peft; without these alpha would be lost.
         metadata = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank}
@@ -1001,30 +984,30 @@ def write_lora(components: Components, args: argparse.Namespace, folder: Path) -
     os.replace(folder / partial, folder / LORA_FILE)
 
 
-def write_kohya_lora(components: Components, args: argparse.Namespace, folder: Path) -> None:
+def write_kohya_lora(run: Run, folder: Path) -> None:
     """Write the LoRA with the keys of kohya's tools, which ComfyUI and A1111 read too, text encoder included.
 
     `diffusers.utils.convert_state_dict_to_kohya` takes the rank for alpha and misses DoRA's and SD1.5's key names.
     """
-    state = {}
-    for component, layers in lora_layers(components).items():
+    alpha, state = run.args.lora_alpha or run.args.rank, {}
+    for component, layers in lora_layers(run).items():
         for key, tensor in layers.items():
             module, part = key.split(".lora_")
             name = f"{KOHYA_PREFIXES[component]}_{module.replace('.', '_')}"
             state[f"{name}.{KOHYA_PARTS[part]}"] = tensor if tensor.ndim > 1 else tensor[:, None]
-            state[f"{name}.alpha"] = torch.tensor(float(args.lora_alpha or args.rank))
+            state[f"{name}.alpha"] = torch.tensor(float(alpha))
     save_file(state, folder / f"{KOHYA_FILE}.partial", metadata={"format": "pt"})
     os.replace(folder / f"{KOHYA_FILE}.partial", folder / KOHYA_FILE)
 
 
-def read_lora(components: Components, folder: Path) -> None:
+def read_lora(run: Run, folder: Path) -> None:
     """Load a checkpoint's LoRA into the adapters.
 
     Raises:
         UsageError: if its tensors are not exactly those that train in this run.
     """
     stored = load_file(folder / LORA_FILE)
-    for name, module in components.adapted().items():
+    for name, module in run.adapted().items():
         layers = {key.removeprefix(f"{name}."): tensor for key, tensor in stored.items() if key.startswith(f"{name}.")}
         stored = {key: tensor for key, tensor in stored.items() if not key.startswith(f"{name}.")}
         if name == DENOISER:
@@ -1041,9 +1024,7 @@ def read_lora(components: Components, folder: Path) -> None:
         raise UsageError(f"--resume_from_checkpoint {folder}: this run does not train {', '.join(sorted(stored)[:3])}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Micro-steps
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Micro-steps ----
 
 
 @dataclasses.dataclass
@@ -1086,27 +1067,25 @@ class Student(torch.nn.Module):
         return denoise(self.denoiser, model_input, timesteps, conditioning)
 
 
-def draw_latents(components: Components, items: list[dict], generator: torch.Generator) -> torch.Tensor:
+def draw_latents(run: Run, items: list[dict], generator: torch.Generator) -> torch.Tensor:
     """Sample the posterior of each item anew: scaled latents (B, C, h, w) in float32."""
-    if components.vae is None:
-        parameters = torch.cat([components.posteriors[item["index"], item["flipped"]] for item in items])
-        posterior = DiagonalGaussianDistribution(parameters.to(components.device))
+    if run.vae is None:
+        parameters = torch.cat([run.posteriors[item["index"], item["flipped"]] for item in items])
+        posterior = DiagonalGaussianDistribution(parameters.to(run.device))
     else:
         pixel_values = torch.stack([item["pixel_values"] for item in items])
         with torch.no_grad():
-            posterior = components.vae.encode(pixel_values.to(components.device)).latent_dist
-    return scale_latents(posterior.sample(generator), components.vae_config)
+            posterior = run.vae.encode(pixel_values.to(run.device)).latent_dist
+    return scale_latents(posterior.sample(generator), run.vae_config)
 
 
-def look_up_embeddings(components: Components, prompts: list[str]) -> dict[str, torch.Tensor]:
+def look_up_embeddings(run: Run, prompts: list[str]) -> dict[str, torch.Tensor]:
     """The conditioning (B, ...) on B prompts from those encoded beforehand, each sample with its own."""
-    found = [components.embeddings[prompt] for prompt in prompts]
-    return {name: torch.cat([tensors[name] for tensors in found]).to(components.device) for name in found[0]}
+    found = [run.embeddings[prompt] for prompt in prompts]
+    return {name: torch.cat([tensors[name] for tensors in found]).to(run.device) for name in found[0]}
 
 
-def min_snr_weights(
-    scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float | None, prediction_type: str
-) -> torch.Tensor | float:
+def min_snr_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float | None) -> torch.Tensor | float:
     """Min-SNR weights (B, 1, 1, 1) of arXiv 2303.09556 for noise or v prediction; 1 where `gamma` is None.
 
     Noise: min(snr, gamma) / snr, written so that it is 1, not 0 / 0, at zero SNR. v: min(snr, gamma) / (snr + 1).
@@ -1114,18 +1093,16 @@ def min_snr_weights(
     if gamma is None:
         return 1.0
     snr = compute_snr(scheduler, timesteps)[:, None, None, None]
-    if prediction_type == "v_prediction":
+    if scheduler.config.prediction_type == "v_prediction":
         return snr.clamp(max=gamma) / (snr + 1)
     return (gamma / snr).clamp(max=1)
 
 
-def draw_micro_step(
-    index: int, items: list[dict], components: Components, args: argparse.Namespace, rank: int
-) -> MicroStep:
+def draw_micro_step(run: Run, index: int, items: list[dict]) -> MicroStep:
     """Draw latents, noise and timesteps of one batch. They depend on (seed, rank, index) and the pictures alone."""
-    generator = keyed_generator(args.seed, rank, index)
-    scheduler, device = components.scheduler, components.device
-    latents = draw_latents(components, items, generator)
+    args, scheduler, device = run.args, run.scheduler, run.device
+    generator = keyed_generator(args.seed, run.accelerator.process_index, index)
+    latents = draw_latents(run, items, generator)
     noise = randn_tensor(latents.shape, generator=generator, device=device)
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(items),), generator=generator).to(device)
     predicts_v = scheduler.config.prediction_type == "v_prediction"
@@ -1137,9 +1114,9 @@ def draw_micro_step(
         model_input=scheduler.add_noise(latents, noise, timesteps),
         timesteps=timesteps,
         target=scheduler.get_velocity(latents, noise, timesteps) if predicts_v else noise,
-        sample_weights=min_snr_weights(scheduler, timesteps, args.snr_gamma, scheduler.config.prediction_type),
-        conditioning={} if args.train_text_encoder else look_up_embeddings(components, prompts),
-        anchor_conditioning=look_up_embeddings(components, anchor_prompts) if args.anchor_weight > 0 else {},
+        sample_weights=min_snr_weights(scheduler, timesteps, args.snr_gamma),
+        conditioning={} if args.train_text_encoder else look_up_embeddings(run, prompts),
+        anchor_conditioning=look_up_embeddings(run, anchor_prompts) if args.anchor_weight > 0 else {},
     )
 
 
@@ -1173,14 +1150,13 @@ def anchor_group_size(args: argparse.Namespace) -> int:
     return size
 
 
-def micro_steps(
-    accelerator: Accelerator, args: argparse.Namespace, components: Components, images: SubjectImages, start: int
-) -> Iterator[tuple[MicroStep, torch.Tensor | None]]:
+def micro_steps(run: Run, start: int) -> Iterator[tuple[MicroStep, torch.Tensor | None]]:
     """All micro-steps of the run from `start` on, each with its anchor (None without anchor).
 
     Groups of anchors are counted from the first micro-step of the run and always whole, so that a resumed run puts
     the same samples into the same forward as the run that was not interrupted, and rounds alike.
     """
+    args, accelerator, images = run.args, run.accelerator, run.images
     size = anchor_group_size(args)
     stop = args.max_train_steps * args.gradient_accumulation_steps
     sampler = MicroStepSampler(images, args, accelerator.process_index, accelerator.num_processes)
@@ -1189,29 +1165,25 @@ def micro_steps(
     loader = torch.utils.data.DataLoader(images, batch_sampler=sampler, collate_fn=as_list, num_workers=workers)
     numbered = enumerate(loader, sampler.start)
     while group := list(itertools.islice(numbered, size)):
-        steps = [draw_micro_step(i, items, components, args, accelerator.process_index) for i, items in group]
+        steps = [draw_micro_step(run, i, items) for i, items in group]
         anchors = [None] * size
         if args.anchor_weight > 0:
             inputs = [(step.model_input, step.timesteps, step.anchor_conditioning) for step in steps]
             with accelerator.autocast():
-                anchors = predict_anchors(
-                    components.denoiser, denoise, inputs, args.anchor_batch_size, args.anchor_source
-                )
+                anchors = predict_anchors(run.denoiser, denoise, inputs, args.anchor_batch_size, args.anchor_source)
         for step, anchor in zip(steps, anchors, strict=True):
             if start <= step.index < stop:
                 yield step, anchor
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Training ----
 
 
-def make_optimizer(components: Components, args: argparse.Namespace) -> torch.optim.Optimizer:
+def make_optimizer(run: Run) -> torch.optim.Optimizer:
     """AdamW, 8-bit AdamW or Prodigy over the adapters, with a rate and a weight decay for each kind of module."""
+    args, groups = run.args, []
     prodigy = args.optimizer.lower() == "prodigy"
-    groups = []
-    for name, module in components.adapted().items():
+    for name, module in run.adapted().items():
         of_denoiser = name == DENOISER
         groups.append({
             "params": [parameter for parameter in module.parameters() if parameter.requires_grad],
@@ -1244,24 +1216,18 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace
     )
 
 
-def train(
-    accelerator: Accelerator,
-    args: argparse.Namespace,
-    components: Components,
-    images: SubjectImages,
-    checkpoint: Path | None,
-    start: int,
-) -> list[Image.Image]:
+def train(run: Run, checkpoint: Path | None, start: int) -> list[Image.Image]:
     """Run the optimizer steps after `start`, the step of `checkpoint`; returns the last validation's pictures."""
-    student = Student(components.denoiser, components.text_pipeline)
-    optimizer = make_optimizer(components, args)
+    args, accelerator = run.args, run.accelerator
+    student = Student(run.denoiser, run.text_pipeline)
+    optimizer = make_optimizer(run)
     student, optimizer, lr_scheduler = accelerator.prepare(student, optimizer, make_lr_scheduler(optimizer, args))
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     accumulation, pictures, terms = args.gradient_accumulation_steps, [], []
-    progress = tqdm(total=args.max_train_steps, initial=start, desc="Steps", disable=not accelerator.is_main_process)
-    for step, anchor in micro_steps(accelerator, args, components, images, start * accumulation):
+    progress = tqdm(total=args.max_train_steps, initial=start, desc="Steps")
+    for step, anchor in micro_steps(run, start * accumulation):
         # LoRA dropout draws from the global generator: key that too.
         torch.manual_seed(keyed_generator(args.seed, accelerator.process_index, step.index, "dropout").initial_seed())
         with accelerator.accumulate(student):
@@ -1275,28 +1241,28 @@ def train(
         if not accelerator.sync_gradients:
             continue
         global_step = (step.index + 1) // accumulation
-        log_step(accelerator, progress, terms, lr_scheduler.get_last_lr()[0], global_step)
+        log_step(run, progress, terms, lr_scheduler.get_last_lr()[0], global_step)
         lr_scheduler.step()
         terms.clear()
         if global_step % args.checkpointing_steps == 0:
-            save_checkpoint(accelerator, args, global_step)
+            save_checkpoint(run, global_step)
         if validation_is_due(args, global_step):
-            pictures = validate(accelerator, args, components, args.validation_prompt, "validation", global_step)
+            pictures = validate(run, args.validation_prompt, "validation", global_step)
     progress.close()
     return pictures
 
 
-def log_step(accelerator: Accelerator, progress: tqdm, terms: list[torch.Tensor], lr: float, global_step: int) -> None:
+def log_step(run: Run, progress: tqdm, terms: list[torch.Tensor], lr: float, global_step: int) -> None:
     """Log one optimizer step: the terms of its micro-steps, averaged over them and over the ranks.
 
     Raises:
         FloatingPointError: if the loss is not finite.
     """
-    values = accelerator.reduce(torch.stack(terms).mean(dim=0), reduction="mean").tolist()
+    values = run.accelerator.reduce(torch.stack(terms).mean(dim=0), reduction="mean").tolist()
     logs = dict(zip(("loss", "loss/reconstruction", "loss/anchor"), values, strict=False)) | {"lr": lr}
     progress.update(1)
     progress.set_postfix({name.removeprefix("loss/"): f"{value:.4g}" for name, value in logs.items()})
-    accelerator.log(logs, step=global_step)
+    run.accelerator.log(logs, step=global_step)
     if not math.isfinite(values[0]):
         raise FloatingPointError(f"the loss of step {global_step} is {values[0]}: lower --learning_rate, or use bf16")
 
@@ -1312,25 +1278,23 @@ def validation_is_due(args: argparse.Namespace, global_step: int) -> bool:
     return ends and epoch % args.validation_epochs == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Checkpoints ----
 
 
-def register_checkpoint_hooks(accelerator: Accelerator, args: argparse.Namespace, components: Components) -> None:
+def register_checkpoint_hooks(run: Run) -> None:
     """Let accelerate's checkpoints hold the LoRA in place of the whole model."""
 
     def save(models: list, weights: list, folder: str) -> None:
         weights.clear()
-        if accelerator.is_main_process:
-            write_lora(components, args, Path(folder))
+        if run.accelerator.is_main_process:
+            write_lora(run, Path(folder))
 
     def load(models: list, folder: str) -> None:
         models.clear()
-        read_lora(components, Path(folder))
+        read_lora(run, Path(folder))
 
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+    run.accelerator.register_save_state_pre_hook(save)
+    run.accelerator.register_load_state_pre_hook(load)
 
 
 def list_checkpoints(output_dir: Path) -> dict[int, Path]:
@@ -1343,8 +1307,9 @@ def list_checkpoints(output_dir: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, global_step: int) -> None:
+def save_checkpoint(run: Run, global_step: int) -> None:
     """Write a checkpoint beside its final name, rename it, and only then remove those over the limit."""
+    args, accelerator = run.args, run.accelerator
     output_dir = Path(args.output_dir)
     final = output_dir / f"checkpoint-{global_step}"
     partial = output_dir / f".{final.name}.partial"
@@ -1361,6 +1326,7 @@ def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, global_s
         os.replace(final, replaced)
     os.replace(partial, final)
     shutil.rmtree(replaced, ignore_errors=True)
+    logger.info(f"Checkpoint: {final}")
     older = [path for step, path in list_checkpoints(output_dir).items() if step < global_step]
     if args.checkpoints_total_limit is not None:
         for path in older[: max(0, len(older) + 1 - args.checkpoints_total_limit)]:
@@ -1388,71 +1354,59 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     raise UsageError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there or in {output_dir}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures, card, upload
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Pictures, card, upload ----
 
 
-def sampling_pipeline(components: Components, vae: AutoencoderKL) -> PIPELINE_CLASS:
+def sampling_pipeline(run: Run, vae: AutoencoderKL) -> PIPELINE_CLASS:
     """A pipeline for ready embeddings around the denoiser in memory, with the sampler of upstream's validation."""
-    scheduler = DPMSolverMultistepScheduler.from_config(components.scheduler.config)
+    scheduler = DPMSolverMultistepScheduler.from_config(run.scheduler.config)
     pipeline = PIPELINE_CLASS(
-        vae=vae, text_encoder=None, tokenizer=None, unet=components.denoiser, scheduler=scheduler, **UNUSED_PARTS
+        vae=vae, text_encoder=None, tokenizer=None, unet=run.denoiser, scheduler=scheduler, **UNUSED_PARTS
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @torch.no_grad()
-def sample_images(
-    accelerator: Accelerator, args: argparse.Namespace, components: Components, prompt: str, **sampling: int
-) -> list[Image.Image]:
+def sample_images(run: Run, prompt: str, **sampling: int) -> list[Image.Image]:
     """Pictures of the model as it is, from `--seed`: denoised in the run's precision, decoded in float32.
 
     `sampling` goes to the pipeline's call, such as `num_inference_steps`.
     """
-    modules = list(components.adapted().values())
+    args, modules = run.args, list(run.adapted().values())
     modes = [module.training for module in modules]
-    vae = components.vae if components.vae is not None else load_vae(args, components.device)
-    pipeline = sampling_pipeline(components, vae)
+    vae = run.vae if run.vae is not None else load_vae(args, run.device)
+    pipeline = sampling_pipeline(run, vae)
     generator = torch.Generator().manual_seed(args.seed)
     options = {"height": args.resolution, "width": args.resolution, "output_type": "latent", **sampling}
     latents = []
     try:
         for module in modules:
             module.eval()
-        with accelerator.autocast():
-            inputs = components.sampling_inputs[prompt]
-            if components.text_pipeline is not None:
-                inputs = encode_for_sampling(components.text_pipeline, prompt, components.device)
+        with run.accelerator.autocast():
+            inputs = run.sampling_inputs[prompt]
+            if run.text_pipeline is not None:
+                inputs = encode_for_sampling(run.text_pipeline, prompt, run.device)
             for _ in tqdm(range(args.num_validation_images), desc="Pictures", leave=False):
                 latents.append(pipeline(**inputs, **options, generator=generator).images)
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.train(mode)
-    decoded = [vae.decode(unscale_latents(one.float(), components.vae_config)).sample for one in latents]
+    decoded = [vae.decode(unscale_latents(one.float(), run.vae_config)).sample for one in latents]
     return [VaeImageProcessor().postprocess(pixels, output_type="pil")[0] for pixels in decoded]
 
 
-def validate(
-    accelerator: Accelerator,
-    args: argparse.Namespace,
-    components: Components,
-    prompt: str,
-    tag: str,
-    step: int,
-    **sampling: int,
-) -> list[Image.Image]:
+def validate(run: Run, prompt: str, tag: str, step: int, **sampling: int) -> list[Image.Image]:
     """Make pictures on the main process and show them to the trackers under `tag`."""
     pictures = []
-    if accelerator.is_main_process:
-        pictures = sample_images(accelerator, args, components, prompt, **sampling)
+    if run.accelerator.is_main_process:
+        pictures = sample_images(run, prompt, **sampling)
         free_memory()
-        for tracker in accelerator.trackers:
+        for tracker in run.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             if tracker.name in ("tensorboard", "wandb"):
                 tracker.log_images({tag: np.stack([np.asarray(p) for p in pictures])}, step=step, **layout)
-    accelerator.wait_for_everyone()
+    run.accelerator.wait_for_everyone()
     return pictures
 
 
@@ -1506,14 +1460,11 @@ def push(args: argparse.Namespace, repo_id: str) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The run ----
 
 
 def start_accelerator(args: argparse.Namespace) -> Accelerator:
     """Set up logging, precision, processes and trackers."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
     output_dir = Path(args.output_dir)
     try:
         accelerator = Accelerator(
@@ -1525,6 +1476,8 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         )
     except ValueError as error:
         raise UsageError(f"--mixed_precision {args.mixed_precision}, --report_to {args.report_to}: {error}") from error
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -1537,13 +1490,13 @@ def start_trackers(accelerator: Accelerator, args: argparse.Namespace) -> None:
     accelerator.init_trackers(TRACKER, {k: v for k, v in config.items() if isinstance(v, (int, float, str))})
 
 
-def announce(args: argparse.Namespace, images: SubjectImages, components: Components, processes: int) -> None:
+def announce(run: Run) -> None:
     """Say in plain words what the run will do."""
-    modules = components.adapted().values()
+    args, images, modules = run.args, run.images, run.adapted().values()
     trained = sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
     captions = len(set(images.captions))
     anchor = f'"{images.anchor_captions[0]}", w = {args.anchor_weight:g}' if args.anchor_weight > 0 else "none (w = 0)"
-    batch = args.train_batch_size * args.gradient_accumulation_steps * processes
+    batch = args.train_batch_size * args.gradient_accumulation_steps * run.accelerator.num_processes
     logger.info(f"Pictures: {len(images)}, with {captions} {'captions' if captions > 1 else 'caption'}")
     logger.info(f'Subject:  "{images.captions[0]}"')
     logger.info(f"Anchor:   {anchor}")
@@ -1566,21 +1519,19 @@ def choose_seed(args: argparse.Namespace, state: dict) -> int:
     return broadcast_object_list([seed])[0]
 
 
-def finish(
-    accelerator: Accelerator, args: argparse.Namespace, components: Components, pictures: list, repo_id: str | None
-) -> None:
+def finish(run: Run, pictures: list[Image.Image], repo_id: str | None) -> None:
     """Write the LoRA before anything that can fail; then the last pictures, the card and the upload."""
-    folder = Path(args.output_dir)
-    if accelerator.is_main_process:
-        write_lora(components, args, folder)
+    args, folder = run.args, Path(run.args.output_dir)
+    if run.accelerator.is_main_process:
+        write_lora(run, folder)
         if args.output_kohya_format:
-            write_kohya_lora(components, args, folder)
+            write_kohya_lora(run, folder)
     prompt = args.final_validation_prompt or args.validation_prompt
     if prompt is not None and args.num_validation_images > 0 and not args.skip_final_inference:
-        pictures = validate(accelerator, args, components, prompt, "test", args.max_train_steps, **FINAL_SAMPLING)
+        pictures = validate(run, prompt, "test", args.max_train_steps, **FINAL_SAMPLING)
     else:
         prompt = args.validation_prompt
-    if accelerator.is_main_process:
+    if run.accelerator.is_main_process:
         write_model_card(args, pictures, prompt)
         if repo_id is not None:
             push(args, repo_id)
@@ -1595,8 +1546,7 @@ def main(args: argparse.Namespace) -> None:
     """
     args = argparse.Namespace(**vars(args))
     accelerator = start_accelerator(args)
-    if accelerator.is_main_process:
-        warn_about_arguments(args)
+    warn_about_arguments(args)
     check_pipeline(args)
     checkpoint = find_checkpoint(args)
     state = json.loads((checkpoint / STATE_FILE).read_text()) if checkpoint is not None else {}
@@ -1609,21 +1559,17 @@ def main(args: argparse.Namespace) -> None:
         name = args.hub_model_id or Path(args.output_dir).name
         repo_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
 
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    components = encode_texts(args, images, accelerator.device, dtype)
-    free_memory()
-    encode_images(components, args, images)
-    free_memory()
-    components.denoiser = load_denoiser(args, accelerator.device, dtype)
-    add_adapters(components, args)
-    register_checkpoint_hooks(accelerator, args, components)
-
-    announce(args, images, components, accelerator.num_processes)
+    run = Run(args, accelerator, images)
+    for stage in (encode_texts, encode_images, load_denoiser, add_adapters):
+        stage(run)
+        free_memory()  # of what the stage let go
+    register_checkpoint_hooks(run)
+    announce(run)
     start_trackers(accelerator, args)
     if start >= args.max_train_steps:
         logger.info(f"{checkpoint} already has {start} of {args.max_train_steps} steps: nothing is left to train")
-    pictures = train(accelerator, args, components, images, checkpoint, start)
-    finish(accelerator, args, components, pictures, repo_id)
+    pictures = train(run, checkpoint, start)
+    finish(run, pictures, repo_id)
     accelerator.end_training()
 
 
