@@ -6,8 +6,8 @@ A test calls `save_sd15(folder)` (or `save_sdxl`, `save_sd3`) and hands the fold
 safetensors and the same on every call; the caller's random state is left alone.
 
 Three things make these pipelines behave like trained ones where a test looks: prompts change the denoiser's output
-(`_amplify_prompts`), latents have unit variance and follow the picture (`_calibrate_vae`), and the words in `WORDS` are
-one token each, so that ordinary prompts are not cut off at 77 tokens.
+(`_amplify_prompts`), latents have unit variance and follow the picture (`_calibrate_vae`), and the words in `WORDS`
+are one token each, so that ordinary prompts are not cut off at 77 tokens.
 """
 
 import contextlib
@@ -46,11 +46,61 @@ from transformers import (
 
 SIDE = 64  # pixels of a square sample when the caller names no size: sample_size 8 at the VAE's factor 8
 
-WORDS = (
-    "a an and at beach black blue brown cat class dog drawing female flower forest front grass green house image in "
-    "is male mountain of on painting person photo picture portrait purple red running sitting sks small snow standing "
-    "star teapot the token toy tree under water wearing white wooden with yellow zwx"
-).split()
+WORDS = [
+    "a",
+    "an",
+    "and",
+    "at",
+    "beach",
+    "black",
+    "blue",
+    "brown",
+    "cat",
+    "class",
+    "dog",
+    "drawing",
+    "female",
+    "flower",
+    "forest",
+    "front",
+    "grass",
+    "green",
+    "house",
+    "image",
+    "in",
+    "is",
+    "male",
+    "mountain",
+    "of",
+    "on",
+    "painting",
+    "person",
+    "photo",
+    "picture",
+    "portrait",
+    "purple",
+    "red",
+    "running",
+    "sitting",
+    "sks",
+    "small",
+    "snow",
+    "standing",
+    "star",
+    "teapot",
+    "the",
+    "token",
+    "toy",
+    "tree",
+    "under",
+    "water",
+    "wearing",
+    "white",
+    "wooden",
+    "with",
+    "yellow",
+    "zwx",
+]
 
 
 @contextlib.contextmanager
@@ -432,6 +482,6 @@ def save_photos(folder, count=5, size=(72, 64), captions=None, mode="RGB", suffi
     for i, name in enumerate(names):
         Image.fromarray(_photo(i, *size)).convert(mode).save(folder / name)
     if captions is not None:
-        rows = [json.dumps({"file_name": name, "text": text}) for name, text in zip(names, captions)]
+        rows = [json.dumps({"file_name": name, "text": text}) for name, text in zip(names, captions, strict=False)]
         (folder / "metadata.jsonl").write_text("".join(row + "\n" for row in rows))
     return folder
