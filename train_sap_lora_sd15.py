@@ -970,11 +970,16 @@ def lora_layers(run: Run) -> dict[str, dict[str, torch.Tensor]]:
     return layers
 
 
+def to_file_keys(name: str, layers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Keys as upstream's files have them: `lora.down` and `lora.up`, `lora_linear_layer` in text encoders."""
+    return convert_state_dict_to_diffusers(layers)
+
+
 def write_lora(run: Run, folder: Path) -> None:
     """Write the LoRA for `load_lora_weights`; an older file stays whole until the new one is complete."""
     args, arguments = run.args, {}
     for name, layers in lora_layers(run).items():
-        arguments[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(layers)
+        arguments[f"{name}_lora_layers"] = to_file_keys(name, layers)
         # Every other field of LoraConfig breaks some older peft; without these alpha would be lost.
         metadata = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank}
         metadata |= {"target_modules": lora_targets(args, name)} | ({"use_dora": True} if args.use_dora else {})

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the scripts in tests: in this process, which is fast, or as a user does, through a launcher."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def flags(pipeline: Path, photos: Path, output: Path, *more: str, steps: int = 2) -> list[str]:
+    """A command line that every script accepts; `more` comes last, so it can say otherwise."""
+    return [
+        f"--pretrained_model_name_or_path={pipeline}", f"--instance_data_dir={photos}", f"--output_dir={output}",
+        "--instance_prompt=a photo of sks dog", "--class_prompt=a photo of a dog", "--resolution=64", "--seed=0",
+        "--train_batch_size=1", f"--max_train_steps={steps}", "--learning_rate=1e-2", "--text_encoder_lr=1e-2",
+        "--report_to=none", "--center_crop", *more,
+    ]  # fmt: skip
+
+
+def train(script: str, arguments: list[str]) -> None:
+    """`main(parse_args(arguments))` in this process, as a notebook would, on one thread: results repeat exactly."""
+    module = importlib.import_module(script)
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    torch.set_num_threads(1)
+    module.main(module.parse_args(arguments))
+
+
+def launch(script: str, arguments: list[str], ranks: int | None = None, **environment: str):
+    """The script as a user starts it: `accelerate launch`, or with `ranks` processes on the CPU by torchrun."""
+    launcher = ["accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
+    launcher += ["--dynamo_backend=no"]
+    if ranks is not None:
+        launcher = ["torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
+        environment["ACCELERATE_USE_CPU"] = "true"
+    command = [sys.executable, "-m", *launcher, f"{ROOT / script}.py", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def lora(output: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a trained LoRA."""
+    return load_file(output / LORA_FILE)
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Two LoRAs are the same, bit for bit."""
+    assert one.keys() == other.keys()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
