@@ -5,6 +5,38 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline"}
+os.environ |= {"OMP_NUM_THREADS": "1"}
 sys.path.insert(0, str(ROOT))
+
+import tiny_pipelines  # noqa: E402 (the environment comes first)
+
+CAPTIONS = ["a photo of sks dog", "sks dog in the snow", "sks dog on the beach", "sks dog under water", "a sks dog"]
+
+
+@pytest.fixture(scope="session")
+def sd15(tmp_path_factory) -> Path:
+    """A tiny Stable Diffusion 1.x pipeline (noise prediction)."""
+    return tiny_pipelines.save_sd15(tmp_path_factory.mktemp("models") / "sd15")
+
+
+@pytest.fixture(scope="session")
+def sd21(tmp_path_factory) -> Path:
+    """A tiny Stable Diffusion 2.x pipeline (v prediction, zero terminal SNR)."""
+    folder = tmp_path_factory.mktemp("models") / "sd21"
+    return tiny_pipelines.save_sd15(folder, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """Five pictures that are not square, without captions."""
+    return tiny_pipelines.save_photos(tmp_path_factory.mktemp("data") / "photos")
+
+
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory) -> Path:
+    """Five pictures, each with a caption of its own that holds "sks"."""
+    return tiny_pipelines.save_photos(tmp_path_factory.mktemp("data") / "captioned", captions=CAPTIONS)

@@ -28,10 +28,15 @@ def flags(pipeline: Path, photos: Path, output: Path, *more: str, steps: int = 2
 def train(script: str, arguments: list[str]) -> None:
     """`main(parse_args(arguments))` in this process, as a notebook would, on one thread: results repeat exactly."""
     module = importlib.import_module(script)
+    reset()
+    module.main(module.parse_args(arguments))
+
+
+def reset() -> None:
+    """Forget accelerate's settings of the last run, which a new process would not have."""
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
     torch.set_num_threads(1)
-    module.main(module.parse_args(arguments))
 
 
 def launch(script: str, arguments: list[str], ranks: int | None = None, **environment: str):
@@ -57,3 +62,41 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     """Two LoRAs are the same, bit for bit."""
     assert one.keys() == other.keys()
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+def make_run(script: str, arguments: list[str]):
+    """The script's module and its `Run` after all stages, as `main` has it before training."""
+    module = importlib.import_module(script)
+    reset()
+    args = module.parse_args(arguments)
+    accelerator = module.start_accelerator(args)
+    images = module.load_subject_images(args)
+    module.plan(args, images, accelerator.num_processes)
+    run = module.Run(args, accelerator, images)
+    for stage in (module.encode_texts, module.encode_images, module.load_denoiser, module.add_adapters):
+        stage(run)
+    return module, run
+
+
+def draw(module, run, index: int = 0):
+    """The run's micro-step `index`, with its anchor."""
+    sampler = module.MicroStepSampler(run.images, run.args, 0, 1)
+    sampler.start, sampler.stop = index, index + 1
+    step = module.draw_micro_step(run, index, [run.images[one] for one in next(iter(sampler))])
+    return step, anchors_of(module, run, [step])[0]
+
+
+def anchors_of(module, run, steps: list, batch_size: int = 4, source: str = "pretrained") -> list[torch.Tensor]:
+    """Anchors of several micro-steps, computed as in training."""
+    inputs = [(step.model_input, step.timesteps, step.anchor_conditioning) for step in steps]
+    with run.accelerator.autocast():
+        return module.predict_anchors(run.denoiser, module.denoise, inputs, batch_size, source)
+
+
+def randomise_adapters(run) -> None:
+    """LoRA layers start without effect: give them one."""
+    torch.manual_seed(1)
+    for module in run.adapted().values():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.05 * torch.randn_like(parameter)

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mathematics of Eq. 5, and each way in which switching adapters off can go wrong."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from peft import LoraConfig
+from runner import anchors_of, draw, flags, make_run, randomise_adapters
+from torch import nn
+
+import train_sap_lora_sd15 as sap
+
+
+def gradients(run) -> dict[str, torch.Tensor]:
+    """Gradients of everything that trains, which are cleared."""
+    found = {name: p.grad.clone() for name, p in run.denoiser.named_parameters() if p.requires_grad}
+    run.denoiser.zero_grad()
+    return found
+
+
+@pytest.fixture
+def run(sd15, photos, tmp_path):
+    run = make_run("train_sap_lora_sd15", flags(sd15, photos, tmp_path, "--train_batch_size=2"))[1]
+    randomise_adapters(run)
+    return run
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+@pytest.mark.parametrize("snr", [[], ["--snr_gamma=0.05"]])
+@pytest.mark.parametrize("base", ["sd15", "sd21"])
+def test_gradient_is_that_of_the_blend_scaled(base, snr, weight, request, photos, tmp_path):
+    more = ["--train_batch_size=2", f"--anchor_weight={weight}", *snr]
+    run = make_run("train_sap_lora_sd15", flags(request.getfixturevalue(base), photos, tmp_path, *more))[1]
+    randomise_adapters(run)
+    step, anchor = draw(sap, run)
+    student = sap.Student(run.denoiser)
+    sap.loss_terms(step, anchor, student, run.args)[0].backward()
+    of_objective = gradients(run)
+    step.target = (step.target + weight * anchor) / (1 + weight)
+    sap.loss_terms(step, None, student, run.args)[0].backward()
+    of_blend = gradients(run)
+    largest = max(gradient.abs().max() for gradient in of_objective.values())
+    assert largest > 1e-4
+    for name, gradient in of_objective.items():
+        assert torch.allclose(gradient, (1 + weight) * of_blend[name], atol=1e-5 * largest), name
+
+
+def test_weights_of_samples_multiply_both_terms():
+    prediction, target, anchor = torch.randn(3, 2, 4, 8, 8).unbind()
+    weights = torch.tensor([3.0, 0.0])[:, None, None, None]
+    loss, reconstruction, distance = sap.semantic_anchor_loss(prediction, target, anchor, 0.25, weights)
+    assert torch.isclose(reconstruction, 3 * ((target - prediction)[0] ** 2).mean() / 2)
+    assert torch.isclose(distance, 3 * ((prediction - anchor)[0] ** 2).mean() / 2)
+    assert torch.isclose(loss, reconstruction + 0.25 * distance)
+
+
+def test_without_anchor_it_is_the_plain_loss(run):
+    step, _ = draw(sap, run)
+    loss, reconstruction, distance = sap.loss_terms(step, None, sap.Student(run.denoiser), run.args)
+    prediction = sap.denoise(run.denoiser, step.model_input, step.timesteps, step.conditioning)
+    assert torch.equal(loss, torch.nn.functional.mse_loss(prediction, step.target))
+    assert torch.equal(loss, reconstruction)
+    assert distance is None
+
+
+def test_terms_are_computed_in_float32():
+    prediction, target, anchor = torch.full((3, 1, 1, 1, 1), 300.0, dtype=torch.float16).unbind()
+    assert sap.semantic_anchor_loss(prediction, -target, anchor)[0].item() == 600.0**2  # overflows in float16
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_weights(prediction_type):
+    scheduler = DDPMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True, beta_schedule="scaled_linear")
+    timesteps = torch.tensor([10, 500, 999])
+    alphas = scheduler.alphas_cumprod[timesteps]
+    snr = alphas / (1 - alphas)
+    assert snr[-1] == 0
+    weights = sap.min_snr_weights(scheduler, timesteps, 5.0)
+    assert weights.shape == (3, 1, 1, 1)
+    expected = snr.clamp(max=5) / (snr + 1)
+    if prediction_type == "epsilon":
+        expected = torch.where(snr > 0, snr.clamp(max=5) / snr, 1.0)
+    assert torch.allclose(weights.flatten(), expected, rtol=1e-4)
+    assert sap.min_snr_weights(scheduler, timesteps, None) == 1.0
+
+
+# ---- The anchor is the pretrained model ----
+
+
+@pytest.mark.parametrize("more", [[], ["--use_dora"], ["--lora_dropout=0.5"], ["--mixed_precision=bf16"]])
+def test_anchor_equals_the_base_model_before_and_after_training(more, sd15, photos, tmp_path):
+    run = make_run("train_sap_lora_sd15", flags(sd15, photos, tmp_path, "--train_batch_size=2", *more))[1]
+    base = UNet2DConditionModel.from_pretrained(sd15, subfolder="unet", dtype=run.dtype)
+    student = run.accelerator.prepare(sap.Student(run.denoiser))
+    optimizer = sap.make_optimizer(run)
+    for index in range(3):
+        step, anchor = draw(sap, run, index)
+        with torch.no_grad(), run.accelerator.autocast():
+            expected = sap.denoise(base, step.model_input, step.timesteps, step.anchor_conditioning)
+        assert torch.equal(anchor, expected)
+        sap.loss_terms(step, anchor, student, run.args)[0].backward()
+        optimizer.step()
+    with torch.no_grad(), run.accelerator.autocast():
+        moved = sap.denoise(run.denoiser, step.model_input, step.timesteps, step.anchor_conditioning)
+    assert not torch.allclose(moved, expected, atol=1e-3)
+
+
+def test_anchor_of_the_finetuned_source_is_the_student_on_the_class_prompt(run):
+    step, pretrained = draw(sap, run)
+    (finetuned,) = anchors_of(sap, run, [step], source="finetuned")
+    expected = sap.denoise(run.denoiser, step.model_input, step.timesteps, step.anchor_conditioning)
+    assert torch.equal(finetuned, expected)
+    assert not torch.allclose(finetuned, pretrained, atol=1e-3)
+    assert not finetuned.requires_grad
+
+
+def test_anchor_can_enter_a_loss(run):
+    step, anchor = draw(sap, run)
+    assert not anchor.requires_grad
+    assert not anchor.is_inference()
+
+
+def test_anchors_of_several_sizes_keep_their_places():
+    sizes = [(2, 3), (3, 2), (2, 3), (3, 2), (2, 3)]
+    values = iter(range(100))
+    inputs = []
+    for height, width in sizes:
+        numbers = torch.tensor([float(next(values)), float(next(values))])
+        model_input = numbers[:, None, None, None].expand(2, 4, height, width)
+        inputs.append((model_input, numbers.long(), {"shift": 100 * numbers[:, None]}))
+    batches = []
+
+    def denoise(model, model_input, timesteps, conditioning):
+        batches.append(len(timesteps))
+        assert torch.equal(model_input[:, 0, 0, 0].long(), timesteps)
+        return model_input + conditioning["shift"][:, :, None, None]
+
+    anchors = sap.predict_anchors(nn.Identity(), denoise, inputs, batch_size=4)
+    assert sorted(batches) == [2, 4, 4]
+    for (model_input, _, _), anchor in zip(inputs, anchors, strict=True):
+        assert torch.equal(anchor, 101 * model_input)
+
+
+def test_anchor_batch_size_changes_rounding_only(run):
+    steps = [draw(sap, run, index)[0] for index in range(3)]
+    together = anchors_of(sap, run, steps, batch_size=4)
+    for step, anchor in zip(steps, together, strict=True):
+        (alone,) = anchors_of(sap, run, [step], batch_size=1)
+        assert torch.allclose(alone, anchor, atol=1e-5)
+
+
+# ---- Hazards of switching adapters off ----
+
+
+def test_frozen_adapter_weights_stay_frozen(run):
+    trainable = [p for p in run.denoiser.parameters() if p.requires_grad]
+    trainable[0].requires_grad_(False)
+    with sap.adapters_disabled(run.denoiser):
+        inside = [p for p in run.denoiser.parameters() if p.requires_grad]
+    after = [p for p in run.denoiser.parameters() if p.requires_grad]
+    assert [id(p) for p in inside] == [id(p) for p in after] == [id(p) for p in trainable[1:]]
+
+
+def test_adapters_come_back_after_an_exception(run):
+    step, _ = draw(sap, run)
+    before = sap.denoise(run.denoiser, step.model_input, step.timesteps, step.conditioning)
+    with pytest.raises(KeyError), sap.adapters_disabled(run.denoiser):
+        raise KeyError
+    after = sap.denoise(run.denoiser, step.model_input, step.timesteps, step.conditioning)
+    assert torch.equal(before, after)
+    assert after.requires_grad
+
+
+def test_nested_use_leaves_the_outer_one_off(run):
+    step, anchor = draw(sap, run)
+    with torch.no_grad(), sap.adapters_disabled(run.denoiser):
+        with sap.adapters_disabled(run.denoiser):
+            pass
+        assert torch.equal(sap.denoise(run.denoiser, step.model_input, step.timesteps, step.anchor_conditioning), anchor)
+
+
+def test_optimizer_has_all_adapters_even_if_made_inside(run):
+    with sap.adapters_disabled(run.denoiser):
+        optimizer = sap.make_optimizer(run)
+    trainable = sum(p.requires_grad for p in run.denoiser.parameters())
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == trainable > 0
+
+
+def test_student_gets_gradients_after_the_anchor_with_and_without_checkpointing(run):
+    step, anchor = draw(sap, run)
+    student = sap.Student(run.denoiser)
+    found = []
+    for _ in range(2):
+        sap.loss_terms(step, anchor, student, run.args)[0].backward()
+        found.append(gradients(run))
+        run.denoiser.enable_gradient_checkpointing()
+    assert all(gradient.abs().max() > 0 for gradient in found[0].values())
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-7) for name in found[0])
+
+
+@pytest.mark.parametrize("source", ["pretrained", "finetuned"])
+def test_all_adapters_train_with_text_encoder_and_half_precision(source, sd15, photos, tmp_path):
+    more = ["--train_text_encoder", "--mixed_precision=bf16", f"--anchor_source={source}"]
+    run = make_run("train_sap_lora_sd15", flags(sd15, photos, tmp_path, *more))[1]
+    randomise_adapters(run)
+    student = run.accelerator.prepare(sap.Student(run.denoiser, run.text_pipeline))
+    step, _ = draw(sap, run)
+    (anchor,) = anchors_of(sap, run, [step], source=source)
+    sap.loss_terms(step, anchor, student, run.args)[0].backward()
+    for module in run.adapted().values():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad.abs().max() > 0, name
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+
+    def forward(self, x):
+        return self.norm(self.to_q(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"modules_to_save": ["norm"]}, "modules_to_save"), ({"bias": "all"}, "trains but is no adapter")],
+)
+def test_what_cannot_be_switched_off_is_refused(options, reason):
+    from peft import get_peft_model
+
+    model = get_peft_model(Block(), LoraConfig(target_modules=["to_q"], **options))
+    with pytest.raises(ValueError, match=reason), sap.adapters_disabled(model):
+        pass
+
+
+def test_merged_adapters_are_refused():
+    from peft import get_peft_model
+
+    model = get_peft_model(Block(), LoraConfig(target_modules=["to_q"]))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged"), sap.adapters_disabled(model):
+        pass
+
+
+# ---- Captions of the class ----
+
+
+@pytest.mark.parametrize(
+    ("caption", "token", "replacement", "expected"),
+    [
+        ("a photo of sks dog", "sks", "", "a photo of dog"),
+        ("a photo of sks dog", "sks dog", "dog", "a photo of dog"),
+        ("sks, near another sks", "sks", "cat", "cat, near another cat"),
+        ("a photo of <sks> dog", "<sks>", "", "a photo of dog"),
+        ("a photo of [V] dog", "[V]", "a", "a photo of a dog"),
+        ("un sks.", "sks", r"\1", r"un \1."),
+        ("ein süß sks", "sks", "hund", "ein süß hund"),
+    ],
+)
+def test_anchor_caption(caption, token, replacement, expected):
+    assert sap.anchor_caption(caption, token, replacement) == expected
+
+
+@pytest.mark.parametrize("caption", ["a photo of sksa dog", "a photo of dog", "", "my_sks"])
+def test_anchor_caption_without_the_word_quotes_the_caption(caption):
+    with pytest.raises(ValueError, match=f'"{caption}"'):
+        sap.anchor_caption(caption, "sks")
