@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure the tiny world's gates on the shipped folders and print them as a Markdown table.
+
+    python gates.py                         # everything
+    python gates.py sd3 --images sd3.png    # one part, and the pictures it was measured on
+
+The pipelines are sampled by themselves: `from_pretrained` on the shipped fp16 folder, then a call with a prompt.
+"""
+
+import argparse
+import pathlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import train
+import world
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
+from tqdm import tqdm
+from transformers import CLIPModel, CLIPProcessor, ViTImageProcessor, ViTModel
+
+PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline, "sd3": StableDiffusion3Pipeline}
+GATES = {"class": 0.8, "colour": 0.8, "scene": 0.95}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help="of vae, clip, sd15, sdxl, sd3; all by default")
+    parser.add_argument("--folder", type=pathlib.Path, default=train.HERE)
+    parser.add_argument("--prompts", type=int, default=64, help="prompts a pipeline")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance_scale", type=float, default=5.0)
+    parser.add_argument("--images", type=pathlib.Path, help="write the generated pictures of the last pipeline here")
+    parser.add_argument("--report", type=pathlib.Path, help="also write the table to this file")
+    return parser.parse_args()
+
+
+def to_tensor(images: np.ndarray, device: str) -> torch.Tensor:
+    """uint8 (batch, 64, 64, 3) to float (batch, 3, 64, 64) in -1..1."""
+    return train.to_float(torch.from_numpy(images).permute(0, 3, 1, 2).to(device))
+
+
+def unseen(count: int) -> tuple[list, np.ndarray]:
+    """Scenes and pictures drawn from a seed that no training part uses."""
+    pool = train.scenes(count, 987)
+    return pool, np.stack([world.draw(*scene) for scene in pool])
+
+
+class Identity:
+    """CLS features of the shipped ViT, by its own image processor."""
+
+    def __init__(self, folder: pathlib.Path, device: str):
+        self.processor = ViTImageProcessor.from_pretrained(folder / "vit")
+        self.model = ViTModel.from_pretrained(folder / "vit", add_pooling_layer=False, dtype=torch.float32).to(device)
+
+    @torch.no_grad()
+    def __call__(self, images: list) -> torch.Tensor:
+        pixels = self.processor(images=images, return_tensors="pt").pixel_values.to(self.model.device)
+        return F.normalize(self.model(pixels).last_hidden_state[:, 0], dim=-1)
+
+
+@torch.no_grad()
+def vae_gates(args: argparse.Namespace, device: str) -> list[tuple]:
+    """PSNR on unseen pictures; how much of a subject's identity is left after a round trip."""
+    vae = AutoencoderKL.from_pretrained(args.folder / "sd3", subfolder="vae", dtype=torch.float32).to(device)
+
+    def round_trip(images: np.ndarray) -> np.ndarray:
+        output = vae.decode(vae.encode(to_tensor(images, device)).latent_dist.mode()).sample.clamp(-1, 1)
+        return ((output + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+    images = unseen(200)[1]
+    error = ((round_trip(images) - images.astype(np.float32)) / 255) ** 2
+    psnr = -10 * np.log10(error.mean((1, 2, 3))).mean()
+    identity, rng = Identity(args.folder, device), np.random.default_rng(5)
+    fresh, tripped, other = [], [], []
+    for subject, look in world.SUBJECTS.items():
+        references = np.stack(world.references(subject))
+        drawn = identity([world.draw(look, world.random_setting(rng)) for _ in range(16)])
+        different = identity([world.draw(world.random_look(rng), world.random_setting(rng)) for _ in range(16)])
+        fresh.append((drawn @ identity(list(references)).T).mean().item())
+        tripped.append((drawn @ identity(list(round_trip(references))).T).mean().item())
+        other.append((different @ drawn.T).mean().item())
+    kept = np.mean(tripped) / np.mean(fresh)
+    note = f"{np.mean(tripped):.3f} after, {np.mean(fresh):.3f} before; {np.mean(other):.3f} between different things"
+    return [("VAE", "PSNR, dB", 30.0, psnr, "200 unseen pictures"), ("VAE", "identity kept", 0.85, kept, note)]
+
+
+@torch.no_grad()
+def clip_gates(args: argparse.Namespace, device: str) -> list[tuple]:
+    """Whether CLIP finds the right one of the six classes, and of the eight scenes, for an unseen picture."""
+    model = CLIPModel.from_pretrained(args.folder / "clip", dtype=torch.float32).to(device)
+    processor = CLIPProcessor.from_pretrained(args.folder / "clip")
+    pool, images = unseen(300)
+    truth = np.array([world.labels(*scene) for scene in pool])
+    questions = {"class": [f"a photo of a {name}" for name in world.CLASSES]}
+    questions["scene"] = [f"a photo of a ball {scene}" for scene in world.SCENES.values()]
+    rows = []
+    for name, texts in questions.items():
+        inputs = processor(text=texts, images=list(images), padding=True, return_tensors="pt").to(device)
+        guesses = model(**inputs).logits_per_image.argmax(1).cpu().numpy()
+        right = (guesses == truth[:, list(world.ATTRIBUTES).index(name)]).mean()
+        rows.append(("CLIP", f"{name} retrieval", 0.9 if name == "class" else None, right, "300 unseen pictures"))
+    return rows
+
+
+def prompts_with_labels(count: int) -> tuple[list[str], np.ndarray]:
+    """Prompts that name every attribute, classes and scenes in equal shares, and their labels."""
+    rng = np.random.default_rng(11)
+    prompts, truth = [], []
+    for number in range(count):
+        scene = list(world.SCENES)[number % len(world.SCENES)]
+        look = world.random_look(rng)
+        look = world.dataclasses.replace(look, class_name=world.CLASSES[number % len(world.CLASSES)])
+        setting = world.random_setting(rng, scene)
+        pattern = "" if look.pattern == "plain" else look.pattern + " "
+        hat = " with a hat" if setting.hat else ""
+        prompts.append(f"a photo of a {look.colour} {pattern}{look.class_name}{hat} {world.SCENES[scene]}")
+        truth.append(world.labels(look, setting))
+    return prompts, np.array(truth)
+
+
+def pipeline_gates(args: argparse.Namespace, part: str, device: str) -> list[tuple]:
+    """Attributes of generated pictures, read by the attribute network, against the prompt's."""
+    pipeline = PIPELINES[part].from_pretrained(args.folder / part, torch_dtype=torch.float32).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts, truth = prompts_with_labels(args.prompts)
+    images = []
+    for start in tqdm(range(0, len(prompts), 16), desc=part):
+        images += pipeline(
+            prompts[start : start + 16],
+            height=world.SIZE,
+            width=world.SIZE,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(start),
+        ).images
+    images = np.stack([np.asarray(image) for image in images])
+    if args.images:
+        save_sheet(images, args.images)
+    network = train.load_attributes(args.folder, device)
+    guesses = np.stack([logits.argmax(1).cpu().numpy() for logits in network(to_tensor(images, device))], 1)
+    right = (guesses == truth).mean(0)
+    note = f"{len(prompts)} prompts, {args.steps} steps, guidance {args.guidance_scale:g}"
+    return [(part, name, GATES.get(name), share, note) for name, share in zip(world.ATTRIBUTES, right, strict=True)]
+
+
+def save_sheet(images: np.ndarray, path: pathlib.Path, columns: int = 8) -> None:
+    """Write pictures (count, 64, 64, 3) as one, `columns` a row, twice their size."""
+    rows = [np.concatenate(list(images[i : i + columns]), 1) for i in range(0, len(images), columns)]
+    sheet = Image.fromarray(np.concatenate(rows))
+    sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(path)
+
+
+def table(rows: list[tuple]) -> str:
+    lines = ["| part | measure | gate | reached | passed | measured on |", "|---|---|---|---|---|---|"]
+    for part, name, gate, value, note in rows:
+        passed = "" if gate is None else "yes" if value >= gate else "**no**"
+        lines.append(f"| {part} | {name} | {'' if gate is None else gate} | {value:.3f} | {passed} | {note} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    for part in args.parts or ["vae", "clip", *PIPELINES]:
+        measure = {"vae": vae_gates, "clip": clip_gates}.get(part)
+        rows += measure(args, device) if measure else pipeline_gates(args, part, device)
+    print(table(rows))
+    if args.report:
+        args.report.write_text(table(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()
