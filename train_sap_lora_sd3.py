@@ -1,0 +1,1690 @@
+# SPDX-License-Identifier: Apache-2.0
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "accelerate>=1.10",
+#     "bitsandbytes>=0.45; sys_platform != 'darwin'",
+#     "datasets>=4.0",
+#     "diffusers>=0.42",
+#     "huggingface_hub>=1.0",
+#     "peft>=0.18",
+#     "pillow>=10.1",
+#     "safetensors>=0.5",
+#     "tensorboard",
+#     "torch>=2.6",
+#     "tqdm",
+#     "transformers>=5.0",
+#     "wandb",
+# ]
+# ///
+"""Personalise Stable Diffusion 3 or 3.5 with a LoRA that stays anchored to what the model knew of the class.
+
+    accelerate launch train_sap_lora_sd3.py \
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-3-medium-diffusers --instance_data_dir dog \
+        --instance_prompt "a photo of sks dog" --class_prompt "a photo of a dog" --max_train_steps 500 \
+        --train_batch_size 1 --learning_rate 1e-4 --mixed_precision bf16 --output_dir sap-dog
+
+The method is "Semantic Anchoring for Robust Personalization in Text-to-Image Diffusion Models" (arXiv 2511.22245):
+beside DreamBooth's regression to the flow, the prediction for the subject's prompt is drawn to what the pretrained
+model predicts, at the same noisy latents, for the class prompt. No class images are needed. The method itself is the
+four functions `adapters_disabled`, `anchor_caption`, `predict_anchors` and `semantic_anchor_loss`.
+
+One way through: command line -> components -> prompt embeddings -> latent posteriors -> micro-steps -> anchors ->
+loss -> LoRA file. What is random in a micro-step depends on (seed, rank, micro-step) alone.
+
+T5 weighs more than the rest of the pipeline. It reads every prompt first and is gone before anything trains; where
+even that is too much memory, `--without_t5` never loads it, as for a base pipeline that has none.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, tqdm
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import (
+    cast_training_params,
+    compute_density_for_timestep_sampling,
+    find_nearest_bucket,
+    free_memory,
+    parse_buckets_string,
+)
+from diffusers.training_utils import (
+    compute_loss_weighting_for_sd3 as flow_weights,
+)
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import ModelCardData, create_repo, upload_folder
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image, ImageOps
+from safetensors.torch import load_file
+
+logger = logging.getLogger("sap_lora")
+
+PIPELINE_CLASS = StableDiffusion3Pipeline
+DENOISER_CLASS = SD3Transformer2DModel
+DENOISER = "transformer"
+TRAINABLE_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+BASE_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "transformer", "vae", "scheduler")
+FOREIGN_PARTS = ("unet",)
+BASE_KIND = "this script trains Stable Diffusion 3 and 3.5; 1.x, 2.x and SDXL have scripts of their own"
+UNUSED_PARTS = {"feature_extractor": None, "image_encoder": None}
+# With these endings also `attn2`, the second attention that SD3.5-medium has in some blocks, is adapted.
+DENOISER_TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"]
+TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+FINAL_SAMPLING = {}
+LATENT_STRIDE = 16  # pixels an edge of a patch of 2 x 2 latents stands for
+BACKBONE_DEFAULTS = {"resolution": 512, "learning_rate": 1e-4, "adam_weight_decay": 1e-4}
+OUTPUT_DIR = "sd3-dreambooth"
+TRACKER = "dreambooth-sd3-lora"
+CARD_LICENSE = "other"
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+STATE_FILE = "trainer_state.json"
+PAPER = "https://arxiv.org/abs/2511.22245"
+SECRETS = {"hub_token"}
+
+
+# Copied from train_sap_lora_sd15.UsageError
+class UsageError(ValueError):
+    """Something that the user can mend: the message names the flag or the file, what is wrong and what to do."""
+
+
+# ---- Command line ----
+
+
+# Copied from train_sap_lora_sd15.HelpFormatter
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of a flag where it has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+# Copied from train_sap_lora_sd15.boolean
+def boolean(text: str) -> bool:
+    """Read true or false from a flag's value; `bool("False")` is True, which nobody means."""
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise ValueError(text)
+
+
+boolean.__name__ = "bool"  # argparse puts it into its message: invalid bool value
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True, type=str, help="Base pipeline: hub name or local folder.")
+    add("--revision", type=str, help="Branch, tag or commit of the base pipeline on the hub.")
+    add("--variant", type=str, help="File variant of the base weights, such as fp16.")
+    add("--max_sequence_length", type=int, default=77, help="Tokens T5 reads of a prompt, at most 512.")
+    add("--without_t5", action="store_true", help="Leave T5 out, to save memory; CLIP alone reads the prompts.")
+    add("--upcast_before_saving", action="store_true", help="Accepted: what is saved is always float32.")
+    add("--lora_blocks", type=str, help='Numbers of the transformer blocks to adapt, "0,2" (default: all).')
+    add = parser.add_argument_group("flow matching").add_argument
+    add("--weighting_scheme", type=str, default="logit_normal", help="Density of timesteps, or weight of both terms.",
+        choices=["sigma_sqrt", "logit_normal", "mode", "cosmap"])  # fmt: skip
+    add("--logit_mean", type=float, default=0.0, help="Mean of the logit of time, for logit_normal.")
+    add("--logit_std", type=float, default=1.0, help="Its standard deviation.")
+    add("--mode_scale", type=float, default=1.29, help="How far the mode scheme is from uniform time.")
+    add("--precondition_outputs", type=int, default=1, help="1: both terms compare latents, 0: velocities.")
+
+
+# Copied from train_sap_lora_sd15.add_subject_arguments
+def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("subject: pictures and captions").add_argument
+    add("--instance_data_dir", type=str, help="Folder of pictures, captions in metadata.jsonl or NAME.txt.")
+    add("--instance_prompt", required=True, type=str, help='Subject prompt, such as "a photo of sks dog".')
+    add("--dataset_name", type=str, help="A `datasets` dataset of the pictures instead of a folder: hub name or path.")
+    add("--dataset_config_name", type=str, help="Configuration of that dataset.")
+    add("--image_column", type=str, default="image", help="Column that holds the pictures.")
+    add("--caption_column", type=str, help="Column, or metadata.jsonl field, that holds a caption for each picture.")
+    add("--cache_dir", type=str, help="Where `datasets` keeps what it downloads.")
+    add("--repeats", type=int, default=1, help="How often each picture counts in one epoch.")
+    add("--resolution", type=int, help="Edge in pixels of the square that pictures are resized and cropped to.")
+    add("--center_crop", action="store_true", help="Crop the middle instead of a random place.")
+    add("--random_flip", action="store_true", help="Mirror each picture with probability 1/2.")
+    add("--aspect_ratio_buckets", type=str, help='Sizes "h,w;h,w;..." instead of a square; the nearest one is taken.')
+    add("--cache_latents", action="store_true", help="Encode each picture once (a random crop then stays the same).")
+    add("--caption_dropout", type=float, default=0.0, help="Share of samples trained with an empty prompt.")
+    add("--image_interpolation_mode", type=str, default="lanczos", help="How pictures are resized.",
+        choices=["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"])  # fmt: skip
+
+
+# Copied from train_sap_lora_sd15.add_anchor_arguments
+def add_anchor_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("semantic anchor").add_argument
+    add("--class_prompt", type=str, help='Anchor prompt: the same sentence for the class, "a photo of a dog".')
+    add("--anchor_weight", type=float, default=0.5, help="w of the objective; 0 is plain DreamBooth-LoRA.")
+    add("--subject_token", type=str, help="Word of the subject: anchor captions are the captions without it.")
+    add("--class_token", type=str, help="Word that replaces --subject_token in anchor captions (default: nothing).")
+    add("--anchor_source", default="pretrained", choices=["pretrained", "finetuned"],
+        help="Model that gives the anchor; finetuned (the model in training, no gradient) is the paper's ablation. "
+        "Both read the class prompt through the text encoders as they were before training.")  # fmt: skip
+    add("--anchor_batch_size", type=int, default=4, help="Samples of coming micro-steps in one anchor forward.")
+    add = parser.add_argument_group("prior preservation", "Accepted for old command lines, unused.").add_argument
+    add("--with_prior_preservation", action="store_true", help="Unused.")
+    add("--class_data_dir", type=str, help="Unused: no class pictures are read.")
+    add("--num_class_images", type=int, default=100, help="Unused: no class pictures are made.")
+    add("--prior_loss_weight", type=float, default=1.0, help="Unused: see --anchor_weight.")
+    add("--prior_generation_precision", type=str, choices=["no", "fp32", "fp16", "bf16"], help="Unused.")
+    add("--sample_batch_size", type=int, default=4, help="Unused.")
+
+
+# Copied from train_sap_lora_sd15.add_lora_arguments
+def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--rank", type=int, default=4, help="Rank of the update matrices.")
+    add("--lora_alpha", type=float, help="The update is scaled by alpha / rank (default: the rank, a scale of 1).")
+    add("--lora_dropout", type=float, default=0.0, help="Dropout before the update matrices.")
+    add("--lora_layers", type=str, help='Endings of the layers to adapt, "to_k,to_v" (default: attention).')
+    add("--use_dora", action="store_true", help="Train DoRA: magnitude and direction apart (arXiv 2402.09353).")
+    add("--train_text_encoder", action="store_true", help="Train a LoRA on the text encoder too.")
+
+
+# Copied from train_sap_lora_sd15.add_training_arguments
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("training").add_argument
+    add("--max_train_steps", type=int, help="Optimizer steps in all; goes before --num_train_epochs.")
+    add("--num_train_epochs", type=int, default=1, help="Epochs, where --max_train_steps is not given.")
+    add("--train_batch_size", type=int, default=4, help="Samples a device in one micro-step.")
+    add("--gradient_accumulation_steps", type=int, default=1, help="Micro-steps in one optimizer step.")
+    add("--seed", type=int, help="Makes the run reproducible (default: drawn and told).")
+    add("--mixed_precision", type=str, choices=["no", "fp16", "bf16"], help="Default: as accelerate is configured.")
+    add("--gradient_checkpointing", action="store_true", help="Save memory in the denoiser for time.")
+    add("--snr_gamma", type=float, help="Min-SNR weighting of both loss terms, 5.0 in its paper (arXiv 2303.09556).")
+    add("--allow_tf32", action="store_true", help="Let Ampere and newer GPUs multiply in TF32.")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers' attention.")
+    add("--dataloader_num_workers", type=int, default=0, help="Processes that prepare random crops.")
+    add("--local_rank", type=int, default=-1, help="Set by launchers.")
+
+
+# Copied from train_sap_lora_sd15.add_optimizer_arguments
+def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--learning_rate", type=float, help="Learning rate after warm-up.")
+    add("--text_encoder_lr", type=float, default=5e-6, help="Learning rate of the text encoder's LoRA.")
+    add("--scale_lr", action="store_true", help="Multiply the rate by accumulation, batch size and processes.")
+    add("--lr_scheduler", type=str, default="constant", help=f"One of {', '.join(s.value for s in SchedulerType)}.")
+    add("--lr_warmup_steps", type=int, default=500, help="Optimizer steps of warm-up, for schedules that have one.")
+    add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=float, default=1.0, help="Power of the polynomial schedule.")
+    add("--optimizer", type=str, default="AdamW", help="AdamW or prodigy.")
+    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state, from bitsandbytes.")
+    add("--adam_beta1", type=float, default=0.9, help="First beta, of AdamW and Prodigy.")
+    add("--adam_beta2", type=float, default=0.999, help="Second beta, of AdamW and Prodigy.")
+    add("--adam_weight_decay", type=float, help="Weight decay of the denoiser's LoRA.")
+    add("--adam_weight_decay_text_encoder", type=float, default=1e-3, help="And of the text encoder's.")
+    add("--adam_epsilon", type=float, default=1e-8, help="Epsilon, of AdamW and Prodigy.")
+    add("--prodigy_beta3", type=float, help="Prodigy's third beta (default: the root of the second).")
+    add("--prodigy_decouple", type=boolean, default=True, help="Decoupled weight decay in Prodigy.")
+    add("--prodigy_use_bias_correction", type=boolean, default=True, help="Bias correction in Prodigy.")
+    add("--prodigy_safeguard_warmup", type=boolean, default=True, help="Keep Prodigy's estimate small in warm-up.")
+    add("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm.")
+
+
+# Copied from train_sap_lora_sd15.add_output_arguments
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("output: validation, checkpoints, logs, hub").add_argument
+    add("--output_dir", type=str, default=OUTPUT_DIR, help="Folder of the LoRA, the checkpoints and the logs.")
+    add("--output_kohya_format", action="store_true", help="Also write the LoRA with the keys of kohya's tools.")
+    add("--validation_prompt", type=str, help="Prompt of pictures made during training and at its end.")
+    add("--num_validation_images", type=int, default=4, help="How many of them.")
+    add("--validation_epochs", type=int, default=50, help="Every how many epochs.")
+    add("--validation_steps", type=int, help="Every how many optimizer steps, instead of epochs.")
+    add("--final_validation_prompt", type=str, help="Another prompt for the pictures at the end.")
+    add("--skip_final_inference", action="store_true", help="Make no pictures at the end.")
+    add("--checkpointing_steps", type=int, default=500, help="Optimizer steps between checkpoints.")
+    add("--checkpoints_total_limit", type=int, help="How many checkpoints stay on disk.")
+    add("--resume_from_checkpoint", type=str, help='A checkpoint\'s folder or name, or "latest".')
+    add("--report_to", type=str, default="tensorboard", help="tensorboard, wandb, comet_ml, all or none.")
+    add("--logging_dir", type=str, default="logs", help="Folder of the logs, inside the output folder.")
+    add("--push_to_hub", action="store_true", help="Upload the LoRA, its card and its pictures; nothing else.")
+    add("--hub_token", type=str, help="Token for that; `hf auth login` is safer.")
+    add("--hub_model_id", type=str, help="Repository (default: the output folder's name).")
+
+
+# Copied from train_sap_lora_sd15.parse_args
+def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line (`sys.argv` without `input_args`); a mistake ends in one sentence, status 2."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    add_model_arguments(parser)
+    add_subject_arguments(parser)
+    add_anchor_arguments(parser)
+    add_lora_arguments(parser)
+    add_training_arguments(parser)
+    add_optimizer_arguments(parser)
+    add_output_arguments(parser)
+    parser.set_defaults(**BACKBONE_DEFAULTS)
+    args = parser.parse_args(input_args)
+    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    try:
+        check_numbers(args)
+        check_data_arguments(args)
+        check_anchor_arguments(args)
+        check_training_arguments(args)
+        check_backbone_arguments(args)
+    except UsageError as error:
+        parser.error(str(error))
+    return args
+
+
+# Copied from train_sap_lora_sd15.NUMBER_RANGES
+NUMBER_RANGES = {
+    ("at least 1", lambda x: x >= 1): "train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps "
+    "rank repeats anchor_batch_size checkpointing_steps checkpoints_total_limit validation_epochs validation_steps "
+    "resolution",
+    ("finite and at least 0", lambda x: 0 <= x < math.inf): "anchor_weight learning_rate text_encoder_lr seed "
+    "lr_warmup_steps dataloader_num_workers num_validation_images adam_weight_decay adam_weight_decay_text_encoder",
+    ("finite and above 0", lambda x: 0 < x < math.inf): "lora_alpha snr_gamma adam_epsilon max_grad_norm",
+    ("at least 0 and below 1", lambda x: 0 <= x < 1): "caption_dropout lora_dropout adam_beta1 adam_beta2",
+}
+
+
+# Copied from train_sap_lora_sd15.check_numbers
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raise `UsageError` for a number out of its range."""
+    for (kind, fits), names in NUMBER_RANGES.items():
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not fits(value):
+                raise UsageError(f"--{name} must be {kind}, not {value}")
+
+
+# Copied from train_sap_lora_sd15.check_data_arguments
+def check_data_arguments(args: argparse.Namespace) -> None:
+    """Raise `UsageError` where pictures, sizes or the output folder cannot be used."""
+    if (args.instance_data_dir is None) == (args.dataset_name is None):
+        raise UsageError("pass the subject's pictures once: either --instance_data_dir or --dataset_name")
+    if args.instance_data_dir is not None and not Path(args.instance_data_dir).is_dir():
+        raise UsageError(f"--instance_data_dir: there is no folder {args.instance_data_dir}")
+    if args.resolution % LATENT_STRIDE:
+        raise UsageError(f"--resolution must be a multiple of {LATENT_STRIDE}, not {args.resolution}")
+    if args.aspect_ratio_buckets is not None:
+        try:
+            sizes = parse_buckets_string(args.aspect_ratio_buckets)
+        except ValueError as error:
+            raise UsageError(f'--aspect_ratio_buckets: {error}; write "h,w;h,w", such as "512,512;640,384"') from error
+        if any(edge % LATENT_STRIDE for size in sizes for edge in size):
+            raise UsageError(f"--aspect_ratio_buckets: every edge must be a multiple of {LATENT_STRIDE}")
+    if Path(args.output_dir).is_file():
+        raise UsageError(f"--output_dir: {args.output_dir} is a file; name a folder")
+
+
+# Copied from train_sap_lora_sd15.check_anchor_arguments
+def check_anchor_arguments(args: argparse.Namespace) -> None:
+    """Raise `UsageError` where an anchor prompt is needed and cannot be had; derive `args.class_prompt` if it can."""
+    if args.class_token is not None and args.subject_token is None:
+        raise UsageError("--class_token replaces --subject_token, which is not given: pass both")
+    if args.anchor_weight == 0:
+        return
+    if args.class_prompt is None and args.subject_token is not None:
+        try:
+            args.class_prompt = anchor_caption(args.instance_prompt, args.subject_token, args.class_token or "")
+        except ValueError as error:
+            # With a caption for every picture the instance prompt is not used, so this may yet be right.
+            if args.caption_column is None:
+                raise UsageError(f"--subject_token and --instance_prompt: {error}; pass --class_prompt") from error
+    elif args.class_prompt is None:
+        raise UsageError(
+            'the anchor needs a prompt for the class: --class_prompt, "a photo of a dog" for "a photo of sks dog", '
+            "or --subject_token to derive it, or --anchor_weight 0 to train without it"
+        )
+
+
+# Copied from train_sap_lora_sd15.check_training_arguments
+def check_training_arguments(args: argparse.Namespace) -> None:
+    """Raise `UsageError` for options that do not go together or lack a package."""
+    if args.optimizer.lower() not in ("adamw", "prodigy"):
+        raise UsageError(f"--optimizer must be AdamW or prodigy, not {args.optimizer}")
+    if args.lr_scheduler not in {name.value for name in SchedulerType} - {"piecewise_constant"}:
+        raise UsageError(f"--lr_scheduler {args.lr_scheduler} is not one of the names that --help lists")
+    packages = {
+        "--optimizer prodigy": ("prodigyopt", args.optimizer.lower() == "prodigy"),
+        "--use_8bit_adam": ("bitsandbytes", args.use_8bit_adam),
+        "--enable_xformers_memory_efficient_attention": ("xformers", args.enable_xformers_memory_efficient_attention),
+        "--report_to tensorboard": ("tensorboard", args.report_to == "tensorboard"),
+        "--report_to wandb": ("wandb", args.report_to == "wandb"),
+        "--dataset_name": ("datasets", args.dataset_name is not None),
+    }
+    for flag, (package, wanted) in packages.items():
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UsageError(f"{flag} needs the package {package}, which is not installed: pip install {package}")
+    if args.report_to == "wandb" and args.hub_token is not None:
+        raise UsageError("--report_to wandb together with --hub_token would show the token: use `hf auth login`")
+    if args.lora_layers is not None and not all(name.strip() for name in args.lora_layers.split(",")):
+        raise UsageError(f'--lora_layers: write names with commas between them, "to_k,to_v", not "{args.lora_layers}"')
+
+
+def check_backbone_arguments(args: argparse.Namespace) -> None:
+    """Raise `UsageError` for what Stable Diffusion 3 cannot do."""
+    unsupported = {
+        "snr_gamma": "is for noise prediction: --weighting_scheme weighs the flow's timesteps",
+        "output_kohya_format": "has no meaning here: the tools that read such files read the diffusers keys of SD3",
+        "enable_xformers_memory_efficient_attention": "is not needed: PyTorch's own attention is used",
+    }
+    for name, reason in unsupported.items():
+        if getattr(args, name):
+            raise UsageError(f"--{name} {reason}; leave it out")
+    if not 1 <= args.max_sequence_length <= 512:
+        raise UsageError(f"--max_sequence_length must be from 1 to 512, not {args.max_sequence_length}")
+    if not 0 <= args.logit_std < math.inf:
+        raise UsageError(f"--logit_std must be finite and at least 0, not {args.logit_std}")
+    if args.lora_blocks is not None and not all(part.strip().isdecimal() for part in args.lora_blocks.split(",")):
+        raise UsageError(f'--lora_blocks: write numbers with commas between them, "0,2", not "{args.lora_blocks}"')
+
+
+# Copied from train_sap_lora_sd15.warn_about_arguments
+def warn_about_arguments(args: argparse.Namespace) -> None:
+    """Say once what was accepted and is not used."""
+    unused = {"with_prior_preservation": False, "class_data_dir": None, "num_class_images": 100,
+              "prior_loss_weight": 1.0, "prior_generation_precision": None, "sample_batch_size": 4}  # fmt: skip
+    given = [f"--{name}" for name, default in unused.items() if getattr(args, name) != default]
+    if given:
+        logger.warning(f"{', '.join(given)}: unused, the anchor of --class_prompt replaces class images")
+    prodigy = args.optimizer.lower() == "prodigy"
+    if prodigy and args.use_8bit_adam:
+        logger.warning("--use_8bit_adam: unused, the optimizer is Prodigy")
+    if prodigy and args.learning_rate <= 0.1:
+        logger.warning(f"--learning_rate {args.learning_rate} is small for Prodigy, which expects about 1.0")
+    if prodigy and args.train_text_encoder:
+        logger.warning("--text_encoder_lr: unused, Prodigy has one rate for all, --learning_rate")
+
+
+# ---- The method: these four functions can be lifted into any other diffusers + peft training script ----
+
+
+# Copied from train_sap_lora_sd15.adapters_disabled
+@contextlib.contextmanager
+def adapters_disabled(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, `model` (unwrapped, with peft layers) computes what it did before adapters were added, bit for bit.
+
+    Only a flag of each adapter layer changes, and it is put back in any case: neither `requires_grad` nor the active
+    adapters move, as they do with `disable_adapters()` and `enable_adapters()`. Never run a backward pass inside.
+
+    Raises:
+        ValueError: for what the flag does not switch off: whole modules in the adapter (`modules_to_save`), merged
+            adapters, or trained parameters outside of the adapter layers.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    adapter_parts = {part for layer in layers for part in layer.adapter_layer_names}
+    if any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):
+        raise ValueError("the adapter holds whole modules (modules_to_save), which cannot be switched off")
+    if any(layer.merged for layer in layers):
+        raise ValueError("the adapter is merged into the weights: call unmerge_adapter() first")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and adapter_parts.isdisjoint(name.split(".")):
+            raise ValueError(f"{name} trains but is no adapter: without adapters this is not the pretrained model")
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
+
+
+# Copied from train_sap_lora_sd15.anchor_caption
+def anchor_caption(caption: str, subject_token: str, class_token: str = "") -> str:
+    """The caption of the class: `subject_token`, as a whole word, becomes `class_token` or goes.
+
+    `anchor_caption("a photo of sks dog", "sks")` is "a photo of dog", with `class_token="a"` "a photo of a dog".
+
+    Raises:
+        ValueError: if the caption, which it quotes, does not hold the token.
+    """
+    pattern = rf"(?<!\w){re.escape(subject_token)}(?!\w)"
+    replaced, count = re.subn(pattern, lambda _: class_token, caption)
+    if not count:
+        raise ValueError(f'the caption "{caption}" does not hold the word "{subject_token}"')
+    return " ".join(replaced.split())
+
+
+# Copied from train_sap_lora_sd15.predict_anchors
+@torch.no_grad()
+def predict_anchors(
+    model: torch.nn.Module,
+    denoise: Callable[..., torch.Tensor],
+    inputs: Sequence[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]],
+    batch_size: int = 4,
+    source: str = "pretrained",
+) -> list[torch.Tensor]:
+    """The anchors of Eq. 5, arXiv 2511.22245: eps_theta'(z_t, c_cls, t), for several coming micro-steps at once.
+
+    Call it in the autocast context of the student's forward: outside of it the rounding differs.
+
+    Args:
+        model: the denoiser with its adapters, not wrapped by DDP.
+        denoise: `denoise(model, model_input, timesteps, conditioning)` gives the prediction, shaped as `model_input`.
+        inputs: for each micro-step the model input (B, C, h, w) and timesteps (B,) that the student sees too, and the
+            conditioning on the class prompt, a dict of tensors (B, ...). Sizes may differ between micro-steps.
+        batch_size: samples in one forward; it changes the result by rounding only.
+        source: "pretrained", or "finetuned" for the ablation of section 5.2, with adapters on.
+
+    Returns:
+        For each micro-step the raw prediction (B, C, h, w).
+    """
+    anchors = [torch.empty(0)] * len(inputs)
+    sizes = [model_input.shape[1:] for model_input, _, _ in inputs]
+    with adapters_disabled(model) if source == "pretrained" else contextlib.nullcontext():
+        for size in dict.fromkeys(sizes):
+            members = [i for i, other in enumerate(sizes) if other == size]
+            model_inputs = torch.cat([inputs[i][0] for i in members]).split(batch_size)
+            timesteps = torch.cat([inputs[i][1] for i in members]).split(batch_size)
+            conditionings = {
+                name: torch.cat([inputs[i][2][name] for i in members]).split(batch_size) for name in inputs[0][2]
+            }
+            predictions = [
+                denoise(model, model_input, timestep, {name: parts[i] for name, parts in conditionings.items()})
+                for i, (model_input, timestep) in enumerate(zip(model_inputs, timesteps, strict=True))
+            ]
+            lengths = [len(inputs[i][0]) for i in members]
+            for i, anchor in zip(members, torch.cat(predictions).split(lengths), strict=True):
+                anchors[i] = anchor
+    return anchors
+
+
+# Copied from train_sap_lora_sd15.semantic_anchor_loss
+def semantic_anchor_loss(
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    anchor: torch.Tensor | None = None,
+    anchor_weight: float = 0.5,
+    sample_weights: torch.Tensor | float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Eq. 5 of arXiv 2511.22245: ||target - prediction||^2 + w ||prediction - anchor||^2, as means over elements.
+
+    Prediction and anchor (B, C, h, w) come from the same noisy latents and timesteps, and through the same output
+    map; `sample_weights` (broadcastable to them) multiplies both terms. Then Eq. 5 means the same for every
+    parameterisation. Without an anchor it is DreamBooth's loss.
+
+    Returns:
+        The loss, its reconstruction term and its anchor term (not yet multiplied by w; None without an anchor).
+    """
+    reconstruction = (sample_weights * (target.float() - prediction.float()) ** 2).mean()
+    if anchor is None:
+        return reconstruction, reconstruction, None
+    anchor_distance = (sample_weights * (prediction.float() - anchor.float()) ** 2).mean()
+    return reconstruction + anchor_weight * anchor_distance, reconstruction, anchor_distance
+
+
+# ---- The subject's pictures ----
+
+
+# Copied from train_sap_lora_sd15.read_image
+def read_image(source: Path | Image.Image) -> Image.Image:
+    """Open a picture as RGB: upright by its EXIF orientation, 16 bits brought to 8, transparency over white.
+
+    Raises:
+        UsageError: if the file, which it names, cannot be read.
+    """
+    try:
+        image = Image.open(source) if isinstance(source, Path) else source
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        name = source if isinstance(source, Path) else "a picture of --dataset_name"
+        raise UsageError(f"{name} cannot be read as a picture ({error}): repair or remove it") from error
+
+
+# Copied from train_sap_lora_sd15.list_image_files
+def list_image_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The files of a folder whose endings Pillow reads, sorted, and the names of everything else but captions."""
+    readable = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
+    files, skipped = [], []
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix.lower() in readable and not path.name.startswith("."):
+            files.append(path)
+        elif path.name != "metadata.jsonl" and path.suffix != ".txt":
+            skipped.append(path.name)
+    return files, skipped
+
+
+# Copied from train_sap_lora_sd15.read_captions
+def read_captions(folder: Path, files: Sequence[Path], field: str) -> list[str | None]:
+    """A caption for each file, from `metadata.jsonl` (`file_name` and `field`) or from NAME.txt beside NAME.jpg.
+
+    Raises:
+        UsageError: for a line that is not of that form, or names a file that is not there.
+    """
+    captions = {path: path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+                for path in files if path.with_suffix(".txt").is_file()}  # fmt: skip
+    metadata = folder / "metadata.jsonl"
+    lines = metadata.read_text(encoding="utf-8").splitlines() if metadata.is_file() else []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            path, caption = folder / row["file_name"], row[field]
+        except (ValueError, KeyError, TypeError) as error:
+            wanted = f'{{"file_name": "00.jpg", "{field}": "a caption"}}'
+            raise UsageError(f"{metadata}, line {number}: not of the form {wanted} ({error!r})") from error
+        if path not in files:
+            raise UsageError(f"{metadata}, line {number}: there is no picture {path}")
+        captions[path] = str(caption)
+    return [captions.get(path) for path in files]
+
+
+# Copied from train_sap_lora_sd15.load_dataset_columns
+def load_dataset_columns(args: argparse.Namespace) -> tuple[Sequence[Image.Image], list[str | None]]:
+    """Pictures (decoded when indexed) and captions of `--dataset_name`, a name on the hub or a folder on disk.
+
+    Raises:
+        UsageError: if there is no such dataset or column.
+    """
+    import datasets  # costs a second at start-up, and most runs read a folder
+
+    path = Path(args.dataset_name)
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            dataset = datasets.load_from_disk(args.dataset_name)
+        else:
+            dataset = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
+    except (FileNotFoundError, ValueError, ConnectionError) as error:
+        raise UsageError(f"--dataset_name {args.dataset_name} cannot be loaded: {error}") from error
+    if isinstance(dataset, datasets.DatasetDict):
+        if "train" not in dataset:
+            raise UsageError(f"--dataset_name {args.dataset_name} has no split called train, only {list(dataset)}")
+        dataset = dataset["train"]
+    for flag in ("image_column", "caption_column"):
+        column = getattr(args, flag)
+        if column is not None and column not in dataset.column_names:
+            raise UsageError(f"--{flag} {column} is not one of the columns {', '.join(dataset.column_names)}")
+    images = dataset.cast_column(args.image_column, datasets.Image())[args.image_column]
+    captions = list(dataset[args.caption_column]) if args.caption_column else [None] * len(dataset)
+    return images, captions
+
+
+# Copied from train_sap_lora_sd15.covering_size
+def covering_size(size: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
+    """The (height, width) of a picture when it is resized to just cover a window, before it is cropped."""
+    scale = max(window[0] / size[0], window[1] / size[1])
+    return round(size[0] * scale), round(size[1] * scale)
+
+
+# Copied from train_sap_lora_sd15.SubjectImages
+class SubjectImages(torch.utils.data.Dataset):
+    """The subject's pictures and captions. An item depends on nothing but the draw (index, key) that asks for it.
+
+    Pictures are opened when they are needed and not kept; at the start each is opened once, so that a damaged one is
+    found before a model is loaded.
+
+    Args:
+        images: paths, or pictures decoded when indexed.
+        captions: for each picture the subject's caption.
+        anchor_captions: for each picture the anchor's caption.
+        args: the command line.
+    """
+
+    def __init__(self, images: Sequence, captions: list[str], anchor_captions: list[str], args: argparse.Namespace):
+        self.images, self.captions, self.anchor_captions = images, captions, anchor_captions
+        self.random_flip, self.caption_dropout = args.random_flip, args.caption_dropout
+        progress = tqdm(range(len(images)), desc="Reading pictures", leave=False)
+        self.sizes = [read_image(images[i]).size[::-1] for i in progress]  # (height, width)
+        buckets = [(args.resolution, args.resolution)]
+        if args.aspect_ratio_buckets is not None:
+            buckets = parse_buckets_string(args.aspect_ratio_buckets)
+        self.windows = [buckets[find_nearest_bucket(height, width, buckets)] for height, width in self.sizes]
+        fits = all(covering_size(*pair) == pair[1] for pair in zip(self.sizes, self.windows, strict=True))
+        centred = args.center_crop or args.aspect_ratio_buckets is not None or fits
+        self.cacheable = centred or args.cache_latents
+        crops = [torch.rand(2, generator=keyed_generator(args.seed, "crop", i)).tolist() for i in range(len(images))]
+        self.fixed_centering = [(0.5, 0.5)] * len(images) if centred else crops  # used where latents are cached
+        mode = args.image_interpolation_mode.replace("nearest_exact", "nearest").upper()
+        self.resampling = Image.Resampling[mode]
+        self.to_tensor = VaeImageProcessor(do_resize=False)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, draw: tuple[int, tuple]) -> dict:
+        """Crop, mirror and caption of one sample as drawn from its key; pixels only where latents are not cached."""
+        index, key = draw
+        left, top, flip, drop = torch.rand(4, generator=keyed_generator(*key)).tolist()
+        item = {
+            "index": index,
+            "flipped": self.random_flip and flip < 0.5,
+            "centering": self.fixed_centering[index] if self.cacheable else (left, top),
+            "prompt": "" if drop < self.caption_dropout else self.captions[index],
+            "anchor_prompt": "" if drop < self.caption_dropout else self.anchor_captions[index],
+        }
+        if not self.cacheable:
+            item["pixel_values"] = self.pixel_values(index, item["flipped"], item["centering"])
+        return item
+
+    def pixel_values(self, index: int, flipped: bool, centering: tuple[float, float]) -> torch.Tensor:
+        """One picture, mirrored or not, resized to cover its window and cropped: (3, h, w) in [-1, 1].
+
+        `centering` says where the crop lies, from (0, 0), left and top, to (1, 1), right and bottom.
+        """
+        image = read_image(self.images[index])
+        image = ImageOps.mirror(image) if flipped else image
+        height, width = self.windows[index]
+        image = ImageOps.fit(image, (width, height), method=self.resampling, centering=centering)
+        return self.to_tensor.preprocess(image)[0]
+
+
+# Copied from train_sap_lora_sd15.load_subject_images
+def load_subject_images(args: argparse.Namespace) -> SubjectImages:
+    """Read the pictures and captions that the command line names, and derive each picture's anchor caption.
+
+    Raises:
+        UsageError: if there is no picture, or one or its caption cannot be used.
+    """
+    if args.dataset_name is not None:
+        images, captions = load_dataset_columns(args)
+    else:
+        folder = Path(args.instance_data_dir)
+        images, skipped = list_image_files(folder)
+        captions = read_captions(folder, images, args.caption_column or "text")
+        if skipped:
+            logger.warning(f"{folder}: not pictures, skipped: {', '.join(skipped)}")
+    if len(images) == 0:
+        raise UsageError(f"{args.instance_data_dir or args.dataset_name} holds no picture: check --instance_data_dir")
+    missing = captions.count(None)
+    if 0 < missing < len(captions):
+        logger.warning(f"{missing} of {len(captions)} pictures have no caption: --instance_prompt stands in")
+    subject, anchor = [], []
+    for caption in captions:
+        subject.append(args.instance_prompt if caption is None else caption)
+        anchor.append(args.class_prompt or "")
+        if caption is not None and args.subject_token is not None and args.anchor_weight > 0:
+            try:
+                anchor[-1] = anchor_caption(caption, args.subject_token, args.class_token or "")
+            except ValueError as error:
+                raise UsageError(f"--subject_token: {error}; mend the caption") from error
+    if args.anchor_weight > 0 and args.class_prompt is None and missing:
+        raise UsageError(f"--class_prompt is needed for the {missing} pictures without a caption")
+    return SubjectImages(images, subject, anchor, args)
+
+
+# ---- Stateless randomness: the same key draws the same numbers, whatever was drawn before, on every device ----
+
+
+# Copied from train_sap_lora_sd15.keyed_generator
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """A CPU generator whose numbers depend on the key alone, such as (seed, rank, micro-step)."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+# Copied from train_sap_lora_sd15.MicroStepSampler
+class MicroStepSampler(torch.utils.data.Sampler):
+    """For each micro-step of one rank, the draws (index, key) of its batch, from `start` to before `stop`.
+
+    An epoch deals every picture (`repeats` times) to batches of one size: pictures of one window make batches
+    together, and the last batch of a window is filled up from its first pictures, so all batches weigh the same.
+    The ranks take the batches in turn, and run on into the next epoch where they do not come out even.
+    """
+
+    def __init__(self, images: SubjectImages, args: argparse.Namespace, rank: int, ranks: int):
+        self.seed, self.rank, self.ranks = args.seed, rank, ranks
+        self.batch_size = args.train_batch_size
+        self.start = self.stop = 0
+        self.members = {
+            window: [i for i, other in enumerate(images.windows) if other == window] * args.repeats
+            for window in sorted(set(images.windows))
+        }
+        self.batches_per_epoch = sum(math.ceil(len(members) / self.batch_size) for members in self.members.values())
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (the sampler lives as long as the run)
+    def epoch(self, number: int) -> list[list[int]]:
+        """The batches of one epoch, lists of picture indices, the same on all ranks."""
+        generator = keyed_generator(self.seed, "epoch", number)
+        batches = []
+        for members in self.members.values():
+            shuffled = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
+            filled = itertools.cycle(shuffled)
+            for _ in range(math.ceil(len(members) / self.batch_size)):
+                batches.append(list(itertools.islice(filled, self.batch_size)))
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+    def __iter__(self) -> Iterator[list[tuple[int, tuple]]]:
+        for micro_step in range(self.start, self.stop):
+            number, position = divmod(micro_step * self.ranks + self.rank, self.batches_per_epoch)
+            batch = self.epoch(number)[position]
+            yield [(index, (self.seed, self.rank, micro_step, i)) for i, index in enumerate(batch)]
+
+
+# Copied from train_sap_lora_sd15.as_list
+def as_list(items: list) -> list:
+    """Collate nothing: samples of a batch are put together where their latents and embeddings are known."""
+    return items
+
+
+# ---- Components, in stages: text encoders, then the VAE, then the denoiser ----
+
+
+@dataclasses.dataclass
+class Run:
+    """What the stages of a run hand on. The text pipeline and the VAE are None as soon as they are not needed."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    images: SubjectImages
+    scheduler: FlowMatchEulerDiscreteScheduler | None = None
+    text_pipeline: PIPELINE_CLASS | None = None
+    embeddings: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)  # of each prompt
+    sampling_inputs: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)
+    vae: AutoencoderKL | None = None
+    vae_config: dict = dataclasses.field(default_factory=dict)
+    posteriors: dict[tuple[int, bool], torch.Tensor] = dataclasses.field(default_factory=dict)
+    denoiser: torch.nn.Module | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of frozen weights and embeddings; what trains is always float32."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+
+    def adapted(self) -> dict[str, torch.nn.Module]:
+        """The modules that have a LoRA, by their names in the pipeline."""
+        encoders = TRAINABLE_TEXT_ENCODERS if self.text_pipeline is not None else ()
+        return {DENOISER: self.denoiser, **{name: getattr(self.text_pipeline, name) for name in encoders}}
+
+
+# Copied from train_sap_lora_sd15.check_pipeline
+def check_pipeline(args: argparse.Namespace) -> None:
+    """Read the base pipeline's index alone and raise `UsageError` if a part that is needed is not there."""
+    flag = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    try:
+        index = PIPELINE_CLASS.load_config(args.pretrained_model_name_or_path, revision=args.revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise UsageError(f"{flag} is no pipeline folder and no hub name that can be loaded: {reason}") from error
+    missing = [name for name in BASE_PARTS if index.get(name, [None, None])[0] is None]
+    foreign = [name for name in FOREIGN_PARTS if index.get(name, [None, None])[0] is not None]
+    if missing or foreign:
+        difference = f"without {', '.join(missing)}" if missing else f"with {', '.join(foreign)}"
+        raise UsageError(f"{flag} is a {index.get('_class_name')} {difference}: {BASE_KIND}")
+
+
+class TextPipeline(StableDiffusion3Pipeline):
+    """The base pipeline's text side, in which T5 is replaced by what it said of every prompt of the run.
+
+    `encode_prompt` joins that with the live CLIP embeddings exactly as it does with T5 itself.
+    """
+
+    @torch.no_grad()
+    def remember_t5(self, prompts: set[str], max_sequence_length: int, joint_attention_dim: int) -> None:
+        """Encode all prompts with T5, then let it go; a base without T5 gets the zeros that diffusers gives it."""
+        # Without T5 the base class asks its transformer, which is not here, for the width of those zeros.
+        config = types.SimpleNamespace(joint_attention_dim=joint_attention_dim)
+        self.transformer = types.SimpleNamespace(config=config)
+        self.t5_embeddings = {}
+        for prompt in tqdm(sorted(prompts), desc="Encoding prompts with T5", leave=False):
+            embeddings = super()._get_t5_prompt_embeds(prompt, max_sequence_length=max_sequence_length)
+            self.t5_embeddings[prompt] = embeddings.cpu()
+        self.transformer = self.text_encoder_3 = None
+
+    def _get_t5_prompt_embeds(self, prompt, num_images_per_prompt=1, max_sequence_length=256, device=None, dtype=None):
+        """Look up B prompts: (B, `max_sequence_length` of `remember_t5`, joint_attention_dim)."""
+        return torch.cat([self.t5_embeddings[one] for one in prompt]).to(device)
+
+
+def load_text_pipeline(run: Run) -> PIPELINE_CLASS:
+    """The base pipeline without denoiser and VAE: tokenizers, CLIPs, `encode_prompt` and the scheduler.
+
+    T5 has come and gone when it returns.
+
+    Raises:
+        UsageError: if `--lora_blocks` names a block that the base does not have.
+    """
+    args, parts, images = run.args, dict(UNUSED_PARTS), run.images
+    config = transformer_config(args)
+    last = config["num_layers"] - 1
+    if args.lora_blocks is not None and any(int(block) > last for block in args.lora_blocks.split(",")):
+        raise UsageError(f"--lora_blocks {args.lora_blocks}: the base has the blocks 0 to {last}")
+    index = PIPELINE_CLASS.load_config(args.pretrained_model_name_or_path, revision=args.revision)
+    if args.without_t5 or index.get("text_encoder_3", [None, None])[0] is None:
+        parts |= {"text_encoder_3": None, "tokenizer_3": None}  # diffusers asks for this where the index has none
+    pipeline = TextPipeline.from_pretrained(
+        args.pretrained_model_name_or_path, transformer=None, vae=None, **parts, **hub_files(args), dtype=run.dtype
+    ).to(run.device)
+    prompts = {"", *images.captions, *images.anchor_captions, args.validation_prompt, args.final_validation_prompt}
+    pipeline.remember_t5(prompts - {None}, args.max_sequence_length, config["joint_attention_dim"])
+    return pipeline
+
+
+def transformer_config(args: argparse.Namespace) -> dict:
+    """The configuration of the base pipeline's transformer, without its weights."""
+    return DENOISER_CLASS.load_config(args.pretrained_model_name_or_path, subfolder=DENOISER, revision=args.revision)
+
+
+def encode_prompts(pipeline: PIPELINE_CLASS, prompts: list[str], device: torch.device) -> dict[str, torch.Tensor]:
+    """The denoiser's conditioning (B, ...) on B prompts; gradients reach text encoders that train."""
+    prompt_embeds, _, pooled_prompt_embeds, _ = pipeline.encode_prompt(
+        prompts, None, None, device, do_classifier_free_guidance=False
+    )
+    return {"encoder_hidden_states": prompt_embeds, "pooled_projections": pooled_prompt_embeds}
+
+
+def encode_for_sampling(pipeline: PIPELINE_CLASS, prompt: str, device: torch.device) -> dict[str, torch.Tensor]:
+    """What the pipeline's call takes in place of a prompt, for pictures with classifier-free guidance."""
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return dict(zip(names, pipeline.encode_prompt(prompt, None, None, device), strict=True))
+
+
+def denoise(
+    model: torch.nn.Module, model_input: torch.Tensor, timesteps: torch.Tensor, conditioning: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """The denoiser's raw prediction, shaped as `model_input` (B, C, h, w), in the dtype of its weights."""
+    dtype = conditioning["encoder_hidden_states"].dtype
+    return model(model_input.to(dtype), timestep=timesteps, **conditioning, return_dict=False)[0]
+
+
+def training_scheduler(pipeline: PIPELINE_CLASS) -> FlowMatchEulerDiscreteScheduler:
+    """The flow of the base pipeline, as a table of its training timesteps and sigmas.
+
+    Raises:
+        UsageError: if the base is no flow.
+    """
+    if "shift" not in pipeline.scheduler.config:
+        raise UsageError(
+            "--pretrained_model_name_or_path: its scheduler is a "
+            f"{type(pipeline.scheduler).__name__}; only flow matching can be trained"
+        )
+    return FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+
+
+# Copied from train_sap_lora_sd15.hub_files
+def hub_files(args: argparse.Namespace) -> dict[str, str | None]:
+    """Which files of the base pipeline's repository to load; not for other repositories."""
+    return {"revision": args.revision, "variant": args.variant}
+
+
+# Copied from train_sap_lora_sd15.load_vae
+def load_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKL:
+    """The VAE in float32, whatever the run's precision: half precision overflows in some."""
+    vae = AutoencoderKL.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="vae", **hub_files(args), dtype=torch.float32
+    )
+    return vae.requires_grad_(False).to(device)
+
+
+def scale_latents(latents: torch.Tensor, vae_config: dict) -> torch.Tensor:
+    """Latents as the VAE samples them, brought to the scale the denoiser was trained on."""
+    return (latents - vae_config["shift_factor"]) * vae_config["scaling_factor"]
+
+
+def unscale_latents(latents: torch.Tensor, vae_config: dict) -> torch.Tensor:
+    """The inverse of `scale_latents`."""
+    return latents / vae_config["scaling_factor"] + vae_config["shift_factor"]
+
+
+# Copied from train_sap_lora_sd15.encode_texts
+@torch.no_grad()
+def encode_texts(run: Run) -> None:
+    """First stage: encode every prompt with the text encoders as they are, then let them go if they will not train."""
+    args, pipeline = run.args, load_text_pipeline(run)
+    run.scheduler = training_scheduler(pipeline)
+    prompts = set(run.images.anchor_captions) if args.anchor_weight > 0 else set()
+    prompts |= set() if args.train_text_encoder else set(run.images.captions)
+    prompts |= {""} if args.caption_dropout > 0 else set()
+    for prompt in tqdm(sorted(prompts), desc="Encoding prompts", leave=False):
+        conditioning = encode_prompts(pipeline, [prompt], run.device)
+        run.embeddings[prompt] = {name: tensor.cpu() for name, tensor in conditioning.items()}
+    for prompt in {args.validation_prompt, args.final_validation_prompt} - {None}:
+        run.sampling_inputs[prompt] = encode_for_sampling(pipeline, prompt, run.device)
+    run.text_pipeline = pipeline if args.train_text_encoder else None
+
+
+# Copied from train_sap_lora_sd15.encode_images
+@torch.no_grad()
+def encode_images(run: Run) -> None:
+    """Second stage: encode every picture (and its mirror image) to its posterior, then let the VAE go.
+
+    Where crops are drawn anew at each step the VAE stays instead, and encodes them then.
+    """
+    vae = load_vae(run.args, run.device)
+    run.vae_config = dict(vae.config)
+    if not run.images.cacheable:
+        run.vae = vae
+        return
+    flips = (False, True) if run.args.random_flip else (False,)
+    for index in tqdm(range(len(run.images)), desc="Encoding pictures", leave=False):
+        for flipped in flips:
+            pixel_values = run.images.pixel_values(index, flipped, run.images.fixed_centering[index])
+            posterior = vae.encode(pixel_values[None].to(run.device)).latent_dist
+            run.posteriors[index, flipped] = posterior.parameters.cpu()
+
+
+# Copied from train_sap_lora_sd15.load_denoiser
+def load_denoiser(run: Run) -> None:
+    """Third stage: the frozen denoiser, in the run's precision."""
+    args = run.args
+    run.denoiser = DENOISER_CLASS.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder=DENOISER, **hub_files(args), dtype=run.dtype
+    ).to(run.device)
+    if args.enable_xformers_memory_efficient_attention:
+        run.denoiser.enable_xformers_memory_efficient_attention()
+    if args.gradient_checkpointing:
+        run.denoiser.enable_gradient_checkpointing()
+
+
+# ---- LoRA ----
+
+
+def lora_targets(args: argparse.Namespace, name: str) -> list[str] | str:
+    """Endings of the layers that get a LoRA in the pipeline's module `name`, or a pattern if blocks are chosen."""
+    if name != DENOISER:
+        return TEXT_ENCODER_TARGETS
+    layers = [layer.strip() for layer in args.lora_layers.split(",")] if args.lora_layers else DENOISER_TARGETS
+    if args.lora_blocks is None:
+        return layers
+    blocks = "|".join(str(int(block)) for block in args.lora_blocks.split(","))
+    return rf"transformer_blocks\.({blocks})\.(.+\.)?({'|'.join(re.escape(layer) for layer in layers)})"
+
+
+# Copied from train_sap_lora_sd15.add_adapters
+def add_adapters(run: Run) -> None:
+    """Freeze the base and add LoRA layers, always in float32: half precision loses small updates.
+
+    Raises:
+        UsageError: if `--lora_layers` names no layer.
+    """
+    args = run.args
+    torch.manual_seed(args.seed)  # a LoRA starts at random: at the same place on all ranks
+    for name, module in run.adapted().items():
+        config = LoraConfig(
+            r=args.rank,
+            lora_alpha=args.lora_alpha or args.rank,
+            lora_dropout=args.lora_dropout,
+            use_dora=args.use_dora,
+            init_lora_weights="gaussian",
+            target_modules=lora_targets(args, name),
+        )
+        module.requires_grad_(False)
+        try:
+            module.add_adapter(config)
+        except ValueError as error:
+            raise UsageError(f"--lora_layers {args.lora_layers}: {error}") from error
+        cast_training_params(module, torch.float32)
+        module.train()
+
+
+# Copied from train_sap_lora_sd15.lora_layers
+def lora_layers(run: Run) -> dict[str, dict[str, torch.Tensor]]:
+    """The LoRA of each adapted module as peft names it, in float32 on the CPU.
+
+    Text encoders' keys get the `text_model.` that transformers 5.6 dropped: other programs look for it.
+    """
+    layers = {}
+    for name, module in run.adapted().items():
+        state = get_peft_model_state_dict(module, save_embedding_layers=False)
+        prefix = "text_model." if name in TRAINABLE_TEXT_ENCODERS and not hasattr(module, "text_model") else ""
+        layers[name] = {prefix + key: tensor.detach().float().cpu().contiguous() for key, tensor in state.items()}
+    return layers
+
+
+def to_file_keys(name: str, layers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Keys as upstream's files have them: `lora_A` and `lora_B`; `lora_linear_layer` in text encoders."""
+    return layers if name == DENOISER else convert_state_dict_to_diffusers(layers)
+
+
+# Copied from train_sap_lora_sd15.write_lora
+def write_lora(run: Run, folder: Path) -> None:
+    """Write the LoRA for `load_lora_weights`; an older file stays whole until the new one is complete."""
+    args, arguments = run.args, {}
+    for name, layers in lora_layers(run).items():
+        arguments[f"{name}_lora_layers"] = to_file_keys(name, layers)
+        # Every other field of LoraConfig breaks some older peft; without these alpha would be lost.
+        metadata = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank}
+        metadata |= {"target_modules": lora_targets(args, name)} | ({"use_dora": True} if args.use_dora else {})
+        arguments[f"{name}_lora_adapter_metadata"] = metadata
+    partial = f"{LORA_FILE}.partial"
+    PIPELINE_CLASS.save_lora_weights(folder, **arguments, weight_name=partial)
+    os.replace(folder / partial, folder / LORA_FILE)
+
+
+# Copied from train_sap_lora_sd15.read_lora
+def read_lora(run: Run, folder: Path) -> None:
+    """Load a checkpoint's LoRA into the adapters.
+
+    Raises:
+        UsageError: if its tensors are not exactly those that train in this run.
+    """
+    stored = load_file(folder / LORA_FILE)
+    for name, module in run.adapted().items():
+        layers = {key.removeprefix(f"{name}."): tensor for key, tensor in stored.items() if key.startswith(f"{name}.")}
+        stored = {key: tensor for key, tensor in stored.items() if not key.startswith(f"{name}.")}
+        if name == DENOISER:
+            layers = convert_unet_state_dict_to_peft(layers)
+        elif layers:
+            layers = convert_state_dict_to_peft(layers)
+            if not hasattr(module, "text_model"):
+                layers = {key.removeprefix("text_model."): tensor for key, tensor in layers.items()}
+        expected = get_peft_model_state_dict(module, save_embedding_layers=False)
+        if {key: layers[key].shape for key in layers} != {key: expected[key].shape for key in expected}:
+            raise UsageError(f"--resume_from_checkpoint {folder}: its LoRA of {name} has other layers or another rank")
+        set_peft_model_state_dict(module, layers)
+    if stored:
+        raise UsageError(f"--resume_from_checkpoint {folder}: this run does not train {', '.join(sorted(stored)[:3])}")
+
+
+# ---- Micro-steps ----
+
+
+@dataclasses.dataclass
+class MicroStep:
+    """One batch of B samples, drawn and noised, everything in float32 on the device."""
+
+    index: int
+    prompts: list[str]
+    model_input: torch.Tensor  # (B, C, h, w), the noisy latents
+    timesteps: torch.Tensor  # (B,)
+    target: torch.Tensor  # (B, C, h, w)
+    skip: torch.Tensor  # (B, 1, 1, 1), as `scale` and the weights: target = skip * model_input + scale * prediction
+    scale: torch.Tensor
+    sample_weights: torch.Tensor
+    conditioning: dict[str, torch.Tensor]  # on the subject prompts; without embeddings if text encoders train
+    anchor_conditioning: dict[str, torch.Tensor]  # on the class prompts; empty without anchor
+
+
+# Copied from train_sap_lora_sd15.Student
+class Student(torch.nn.Module):
+    """The model in training: the denoiser, with the text encoders if they train too.
+
+    As one module it is prepared, synchronised by DDP and accumulated once, whatever trains.
+    """
+
+    def __init__(self, denoiser: torch.nn.Module, text_pipeline: PIPELINE_CLASS | None = None):
+        super().__init__()
+        self.denoiser = denoiser
+        self.text_pipeline = text_pipeline
+        if text_pipeline is not None:
+            self.text_encoders = torch.nn.ModuleList(getattr(text_pipeline, name) for name in TRAINABLE_TEXT_ENCODERS)
+
+    def forward(
+        self,
+        model_input: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: dict[str, torch.Tensor],
+        prompts: list[str],
+    ) -> torch.Tensor:
+        """The raw prediction (B, C, h, w) for the subject's B prompts."""
+        if self.text_pipeline is not None:
+            conditioning = conditioning | encode_prompts(self.text_pipeline, prompts, model_input.device)
+        return denoise(self.denoiser, model_input, timesteps, conditioning)
+
+
+# Copied from train_sap_lora_sd15.draw_latents
+def draw_latents(run: Run, items: list[dict], generator: torch.Generator) -> torch.Tensor:
+    """Sample the posterior of each item anew: scaled latents (B, C, h, w) in float32."""
+    if run.vae is None:
+        parameters = torch.cat([run.posteriors[item["index"], item["flipped"]] for item in items])
+        posterior = DiagonalGaussianDistribution(parameters.to(run.device))
+    else:
+        pixel_values = torch.stack([item["pixel_values"] for item in items])
+        with torch.no_grad():
+            posterior = run.vae.encode(pixel_values.to(run.device)).latent_dist
+    return scale_latents(posterior.sample(generator), run.vae_config)
+
+
+# Copied from train_sap_lora_sd15.look_up_embeddings
+def look_up_embeddings(run: Run, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """The conditioning (B, ...) on B prompts from those encoded beforehand, each sample with its own."""
+    found = [run.embeddings[prompt] for prompt in prompts]
+    return {name: torch.cat([tensors[name] for tensors in found]).to(run.device) for name in found[0]}
+
+
+def draw_sigmas(run: Run, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Timesteps (count,) and sigmas (count, 1, 1, 1) by `--weighting_scheme`, from the scheduler's table."""
+    args, scheduler = run.args, run.scheduler
+    density = compute_density_for_timestep_sampling(
+        args.weighting_scheme, count, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
+    )
+    size = len(scheduler.timesteps)
+    indices = (density * size).long().clamp(0, size - 1)  # the mode scheme's density includes both ends
+    sigmas = scheduler.sigmas[indices].float()[:, None, None, None]
+    return scheduler.timesteps[indices].to(run.device), sigmas.to(run.device)
+
+
+def draw_micro_step(run: Run, index: int, items: list[dict]) -> MicroStep:
+    """Draw latents, noise and timesteps of one batch. They depend on (seed, rank, index) and the pictures alone."""
+    args, device = run.args, run.device
+    generator = keyed_generator(args.seed, run.accelerator.process_index, index)
+    latents = draw_latents(run, items, generator)
+    noise = randn_tensor(latents.shape, generator=generator, device=device)
+    timesteps, sigmas = draw_sigmas(run, len(items), generator)
+    to_latents = bool(args.precondition_outputs)
+    prompts = [item["prompt"] for item in items]
+    anchor_prompts = [item["anchor_prompt"] for item in items]
+    return MicroStep(
+        index=index,
+        prompts=prompts,
+        model_input=(1 - sigmas) * latents + sigmas * noise,
+        timesteps=timesteps,
+        target=latents if to_latents else noise - latents,
+        skip=torch.full_like(sigmas, to_latents),
+        scale=-sigmas if to_latents else torch.ones_like(sigmas),
+        sample_weights=flow_weights(args.weighting_scheme, sigmas),
+        conditioning={} if args.train_text_encoder else look_up_embeddings(run, prompts),
+        anchor_conditioning=look_up_embeddings(run, anchor_prompts) if args.anchor_weight > 0 else {},
+    )
+
+
+def to_target_space(prediction: torch.Tensor, step: MicroStep) -> torch.Tensor:
+    """The one map of raw predictions, of student and anchor, to what the target is: latents, or the velocity itself.
+
+    In float32: at small sigmas half precision would bury the difference of the two.
+    """
+    return step.skip * step.model_input + step.scale * prediction.float()
+
+
+# Copied from train_sap_lora_sd15.loss_terms
+def loss_terms(
+    step: MicroStep, anchor: torch.Tensor | None, student: torch.nn.Module, args: argparse.Namespace
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Student forward and objective of one micro-step: loss, reconstruction term, anchor term."""
+    prediction = student(step.model_input, step.timesteps, step.conditioning, step.prompts)
+    return semantic_anchor_loss(
+        to_target_space(prediction, step),
+        step.target,
+        None if anchor is None else to_target_space(anchor, step),
+        args.anchor_weight,
+        step.sample_weights,
+    )
+
+
+# Copied from train_sap_lora_sd15.anchor_group_size
+def anchor_group_size(args: argparse.Namespace) -> int:
+    """Micro-steps whose anchors are computed together.
+
+    The finetuned anchor must see the weights of its own optimizer step, so there a group has to divide the step.
+    """
+    size = max(1, args.anchor_batch_size // args.train_batch_size) if args.anchor_weight > 0 else 1
+    if args.anchor_source == "finetuned":
+        size = max(n for n in range(1, size + 1) if args.gradient_accumulation_steps % n == 0)
+    return size
+
+
+# Copied from train_sap_lora_sd15.micro_steps
+def micro_steps(run: Run, start: int) -> Iterator[tuple[MicroStep, torch.Tensor | None]]:
+    """All micro-steps of the run from `start` on, each with its anchor (None without anchor).
+
+    Groups of anchors are counted from the first micro-step of the run and always whole, so that a resumed run puts
+    the same samples into the same forward as the run that was not interrupted, and rounds alike.
+    """
+    args, accelerator, images = run.args, run.accelerator, run.images
+    size = anchor_group_size(args)
+    stop = args.max_train_steps * args.gradient_accumulation_steps
+    sampler = MicroStepSampler(images, args, accelerator.process_index, accelerator.num_processes)
+    sampler.start, sampler.stop = start // size * size, math.ceil(stop / size) * size
+    workers = 0 if images.cacheable else args.dataloader_num_workers
+    loader = torch.utils.data.DataLoader(images, batch_sampler=sampler, collate_fn=as_list, num_workers=workers)
+    numbered = enumerate(loader, sampler.start)
+    while group := list(itertools.islice(numbered, size)):
+        steps = [draw_micro_step(run, i, items) for i, items in group]
+        anchors = [None] * size
+        if args.anchor_weight > 0:
+            inputs = [(step.model_input, step.timesteps, step.anchor_conditioning) for step in steps]
+            with accelerator.autocast():
+                anchors = predict_anchors(run.denoiser, denoise, inputs, args.anchor_batch_size, args.anchor_source)
+        for step, anchor in zip(steps, anchors, strict=True):
+            if start <= step.index < stop:
+                yield step, anchor
+
+
+# ---- Training ----
+
+
+# Copied from train_sap_lora_sd15.make_optimizer
+def make_optimizer(run: Run) -> torch.optim.Optimizer:
+    """AdamW, 8-bit AdamW or Prodigy over the adapters, with a rate and a weight decay for each kind of module."""
+    args, groups = run.args, []
+    prodigy = args.optimizer.lower() == "prodigy"
+    for name, module in run.adapted().items():
+        of_denoiser = name == DENOISER
+        groups.append({
+            "params": [parameter for parameter in module.parameters() if parameter.requires_grad],
+            "lr": args.learning_rate if of_denoiser or prodigy else args.text_encoder_lr,
+            "weight_decay": args.adam_weight_decay if of_denoiser else args.adam_weight_decay_text_encoder,
+        })  # fmt: skip
+    options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if prodigy:
+        import prodigyopt
+
+        options |= {name: getattr(args, f"prodigy_{name}")
+                    for name in ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")}  # fmt: skip
+        return prodigyopt.Prodigy(groups, **options)
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(groups, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+# Copied from train_sap_lora_sd15.make_lr_scheduler
+def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace):
+    """The schedule over optimizer steps, whatever the accumulation and the number of processes."""
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+
+
+# Copied from train_sap_lora_sd15.train
+def train(run: Run, checkpoint: Path | None, start: int) -> list[Image.Image]:
+    """Run the optimizer steps after `start`, the step of `checkpoint`; returns the last validation's pictures."""
+    args, accelerator = run.args, run.accelerator
+    student = Student(run.denoiser, run.text_pipeline)
+    optimizer = make_optimizer(run)
+    student, optimizer, lr_scheduler = accelerator.prepare(student, optimizer, make_lr_scheduler(optimizer, args))
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    accumulation, pictures, terms = args.gradient_accumulation_steps, [], []
+    progress = tqdm(total=args.max_train_steps, initial=start, desc="Steps")
+    for step, anchor in micro_steps(run, start * accumulation):
+        # LoRA dropout draws from the global generator: key that too.
+        torch.manual_seed(keyed_generator(args.seed, accelerator.process_index, step.index, "dropout").initial_seed())
+        with accelerator.accumulate(student):
+            loss, *parts = loss_terms(step, anchor, student, args)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        terms.append(torch.stack([term.detach() for term in (loss, *parts) if term is not None]))
+        if not accelerator.sync_gradients:
+            continue
+        global_step = (step.index + 1) // accumulation
+        log_step(run, progress, terms, lr_scheduler.get_last_lr()[0], global_step)
+        lr_scheduler.step()
+        terms.clear()
+        if global_step % args.checkpointing_steps == 0:
+            save_checkpoint(run, global_step)
+        if validation_is_due(args, global_step):
+            pictures = validate(run, args.validation_prompt, "validation", global_step)
+    progress.close()
+    return pictures
+
+
+# Copied from train_sap_lora_sd15.log_step
+def log_step(run: Run, progress: tqdm, terms: list[torch.Tensor], lr: float, global_step: int) -> None:
+    """Log one optimizer step: the terms of its micro-steps, averaged over them and over the ranks.
+
+    Raises:
+        FloatingPointError: if the loss is not finite.
+    """
+    values = run.accelerator.reduce(torch.stack(terms).mean(dim=0), reduction="mean").tolist()
+    logs = dict(zip(("loss", "loss/reconstruction", "loss/anchor"), values, strict=False)) | {"lr": lr}
+    progress.update(1)
+    progress.set_postfix({name.removeprefix("loss/"): f"{value:.4g}" for name, value in logs.items()})
+    run.accelerator.log(logs, step=global_step)
+    if not math.isfinite(values[0]):
+        raise FloatingPointError(f"the loss of step {global_step} is {values[0]}: lower --learning_rate, or use bf16")
+
+
+# Copied from train_sap_lora_sd15.validation_is_due
+def validation_is_due(args: argparse.Namespace, global_step: int) -> bool:
+    """Whether pictures are made after this step: every --validation_steps, or at the end of due epochs."""
+    if args.validation_prompt is None or args.num_validation_images == 0:
+        return False
+    if args.validation_steps is not None:
+        return global_step % args.validation_steps == 0
+    epoch, position = divmod(global_step - 1, args.steps_per_epoch)
+    ends = position == args.steps_per_epoch - 1 or global_step == args.max_train_steps
+    return ends and epoch % args.validation_epochs == 0
+
+
+# ---- Checkpoints ----
+
+
+# Copied from train_sap_lora_sd15.register_checkpoint_hooks
+def register_checkpoint_hooks(run: Run) -> None:
+    """Let accelerate's checkpoints hold the LoRA in place of the whole model."""
+
+    def save(models: list, weights: list, folder: str) -> None:
+        weights.clear()
+        if run.accelerator.is_main_process:
+            write_lora(run, Path(folder))
+
+    def load(models: list, folder: str) -> None:
+        models.clear()
+        read_lora(run, Path(folder))
+
+    run.accelerator.register_save_state_pre_hook(save)
+    run.accelerator.register_load_state_pre_hook(load)
+
+
+# Copied from train_sap_lora_sd15.list_checkpoints
+def list_checkpoints(output_dir: Path) -> dict[int, Path]:
+    """Complete checkpoints of an output folder by step, in order; anything else that is there is left alone."""
+    found = {}
+    for path in output_dir.glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdigit() and (path / STATE_FILE).is_file():
+            found[int(number)] = path
+    return dict(sorted(found.items()))
+
+
+# Copied from train_sap_lora_sd15.save_checkpoint
+def save_checkpoint(run: Run, global_step: int) -> None:
+    """Write a checkpoint beside its final name, rename it, and only then remove those over the limit."""
+    args, accelerator = run.args, run.accelerator
+    output_dir = Path(args.output_dir)
+    final = output_dir / f"checkpoint-{global_step}"
+    partial = output_dir / f".{final.name}.partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
+    (partial / STATE_FILE).write_text(json.dumps({"global_step": global_step, "seed": args.seed}))
+    replaced = output_dir / f".{final.name}.old"
+    if final.exists():  # of an older run in the same folder
+        os.replace(final, replaced)
+    os.replace(partial, final)
+    shutil.rmtree(replaced, ignore_errors=True)
+    logger.info(f"Checkpoint: {final}")
+    older = [path for step, path in list_checkpoints(output_dir).items() if step < global_step]
+    if args.checkpoints_total_limit is not None:
+        for path in older[: max(0, len(older) + 1 - args.checkpoints_total_limit)]:
+            shutil.rmtree(path)
+
+
+# Copied from train_sap_lora_sd15.find_checkpoint
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` means: "latest", a name in the output folder, or a path.
+
+    Raises:
+        UsageError: if a named one is not there or not complete.
+    """
+    wanted = args.resume_from_checkpoint
+    if wanted is None:
+        return None
+    output_dir = Path(args.output_dir)
+    if wanted == "latest":
+        checkpoints = list(list_checkpoints(output_dir).values())
+        if not checkpoints:
+            logger.info(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint, the run starts at step 0")
+        return checkpoints[-1] if checkpoints else None
+    for path in (Path(wanted), output_dir / wanted):
+        if (path / STATE_FILE).is_file():
+            return path
+    raise UsageError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there or in {output_dir}")
+
+
+# ---- Pictures, card, upload ----
+
+
+def sampling_pipeline(run: Run, vae: AutoencoderKL) -> PIPELINE_CLASS:
+    """A pipeline for ready embeddings around the denoiser in memory, with a sampler of its own."""
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(run.scheduler.config)  # sampling rewrites its table
+    texts = dict.fromkeys(f"{kind}{number}" for kind in ("tokenizer", "text_encoder") for number in ("", "_2", "_3"))
+    pipeline = PIPELINE_CLASS(vae=vae, transformer=run.denoiser, scheduler=scheduler, **texts, **UNUSED_PARTS)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+# Copied from train_sap_lora_sd15.sample_images
+@torch.no_grad()
+def sample_images(run: Run, prompt: str, **sampling: int) -> list[Image.Image]:
+    """Pictures of the model as it is, from `--seed`: denoised in the run's precision, decoded in float32.
+
+    `sampling` goes to the pipeline's call, such as `num_inference_steps`.
+    """
+    args, modules = run.args, list(run.adapted().values())
+    modes = [module.training for module in modules]
+    vae = run.vae if run.vae is not None else load_vae(args, run.device)
+    pipeline = sampling_pipeline(run, vae)
+    generator = torch.Generator().manual_seed(args.seed)
+    options = {"height": args.resolution, "width": args.resolution, "output_type": "latent", **sampling}
+    latents = []
+    try:
+        for module in modules:
+            module.eval()
+        with run.accelerator.autocast():
+            inputs = run.sampling_inputs[prompt]
+            if run.text_pipeline is not None:
+                inputs = encode_for_sampling(run.text_pipeline, prompt, run.device)
+            for _ in tqdm(range(args.num_validation_images), desc="Pictures", leave=False):
+                latents.append(pipeline(**inputs, **options, generator=generator).images)
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
+    decoded = [vae.decode(unscale_latents(one.float(), run.vae_config)).sample for one in latents]
+    return [VaeImageProcessor().postprocess(pixels, output_type="pil")[0] for pixels in decoded]
+
+
+# Copied from train_sap_lora_sd15.validate
+def validate(run: Run, prompt: str, tag: str, step: int, **sampling: int) -> list[Image.Image]:
+    """Make pictures on the main process and show them to the trackers under `tag`."""
+    pictures = []
+    if run.accelerator.is_main_process:
+        pictures = sample_images(run, prompt, **sampling)
+        free_memory()
+        for tracker in run.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            if tracker.name in ("tensorboard", "wandb"):
+                tracker.log_images({tag: np.stack([np.asarray(p) for p in pictures])}, step=step, **layout)
+    run.accelerator.wait_for_everyone()
+    return pictures
+
+
+def card_tags(args: argparse.Namespace) -> list[str]:
+    """Tags of the base's family: SD3.5 normalises queries and keys, SD3 does not."""
+    family = "sd3" if transformer_config(args).get("qk_norm") is None else "sd3.5"
+    return [family, f"{family}-diffusers"]
+
+
+def write_model_card(args: argparse.Namespace, pictures: list[Image.Image], prompt: str | None) -> None:
+    """Write README.md, which the hub shows as the model's page, and the pictures it shows."""
+    folder = Path(args.output_dir)
+    for i, picture in enumerate(pictures):
+        picture.save(folder / f"image_{i}.png")
+    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *card_tags(args)]
+    data = ModelCardData(
+        base_model=args.pretrained_model_name_or_path,
+        instance_prompt=args.instance_prompt,
+        library_name="diffusers",
+        license=CARD_LICENSE,
+        tags=tags,
+        widget=[{"text": prompt, "output": {"url": f"image_{i}.png"}} for i in range(len(pictures))] or None,
+    )
+    anchored = f"w = {args.anchor_weight:g}, class prompt `{args.class_prompt or 'one for each caption'}`"
+    text = f"""---
+{data.to_yaml()}
+---
+
+# LoRA for `{args.instance_prompt}`
+
+A LoRA of rank {args.rank} for {args.pretrained_model_name_or_path}, trained with [Semantic Anchoring
+Personalization]({PAPER}): {anchored if args.anchor_weight > 0 else "w = 0, without anchor"}.
+The text encoder was {"trained too" if args.train_text_encoder else "not trained"}.
+
+## Use
+
+```python
+import torch
+from diffusers import {PIPELINE_CLASS.__name__}
+
+pipeline = {PIPELINE_CLASS.__name__}.from_pretrained({args.pretrained_model_name_or_path!r}, dtype=torch.float16)
+pipeline.load_lora_weights({(args.hub_model_id or args.output_dir)!r}, weight_name={LORA_FILE!r})
+image = pipeline.to("cuda")({(prompt or args.instance_prompt)!r}).images[0]
+```
+"""
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def push(args: argparse.Namespace, repo_id: str) -> None:
+    """Upload the LoRA, the card and its pictures; logs, checkpoints and anything else stay here."""
+    upload_folder(
+        repo_id=repo_id,
+        folder_path=args.output_dir,
+        allow_patterns=[LORA_FILE, "README.md", "image_*.png"],
+        commit_message="SAP-LoRA",
+        token=args.hub_token,
+    )
+
+
+# ---- The run ----
+
+
+# Copied from train_sap_lora_sd15.start_accelerator
+def start_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Set up logging, precision, processes and trackers."""
+    output_dir = Path(args.output_dir)
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / args.logging_dir)),
+            step_scheduler_with_optimizer=False,
+        )
+    except ValueError as error:
+        raise UsageError(f"--mixed_precision {args.mixed_precision}, --report_to {args.report_to}: {error}") from error
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    return accelerator
+
+
+# Copied from train_sap_lora_sd15.start_trackers
+def start_trackers(accelerator: Accelerator, args: argparse.Namespace) -> None:
+    """Tell the trackers the command line, without secrets."""
+    config = {name: value for name, value in vars(args).items() if name not in SECRETS}
+    accelerator.init_trackers(TRACKER, {k: v for k, v in config.items() if isinstance(v, (int, float, str))})
+
+
+# Copied from train_sap_lora_sd15.announce
+def announce(run: Run) -> None:
+    """Say in plain words what the run will do."""
+    args, images, modules = run.args, run.images, run.adapted().values()
+    trained = sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
+    captions = len(set(images.captions))
+    anchor = f'"{images.anchor_captions[0]}", w = {args.anchor_weight:g}' if args.anchor_weight > 0 else "none (w = 0)"
+    batch = args.train_batch_size * args.gradient_accumulation_steps * run.accelerator.num_processes
+    logger.info(f"Pictures: {len(images)}, with {captions} {'captions' if captions > 1 else 'caption'}")
+    logger.info(f'Subject:  "{images.captions[0]}"')
+    logger.info(f"Anchor:   {anchor}")
+    logger.info(f"Training: {args.max_train_steps} steps of {batch} samples, {trained:,} parameters, seed {args.seed}")
+    logger.info(f"Output:   {Path(args.output_dir) / LORA_FILE}")
+
+
+# Copied from train_sap_lora_sd15.plan
+def plan(args: argparse.Namespace, images: SubjectImages, processes: int) -> None:
+    """Settle what depends on the pictures and the processes: epochs, steps and the scaled learning rate."""
+    batches = MicroStepSampler(images, args, 0, 1).batches_per_epoch
+    args.steps_per_epoch = math.ceil(batches / (processes * args.gradient_accumulation_steps))
+    args.max_train_steps = args.max_train_steps or args.num_train_epochs * args.steps_per_epoch
+    if args.scale_lr:
+        args.learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * processes
+
+
+# Copied from train_sap_lora_sd15.choose_seed
+def choose_seed(args: argparse.Namespace, state: dict) -> int:
+    """The seed of the command line, or of the checkpoint, or a new one; the same on all ranks."""
+    seed = args.seed if args.seed is not None else state.get("seed", secrets.randbelow(2**32))
+    return broadcast_object_list([seed])[0]
+
+
+def finish(run: Run, pictures: list[Image.Image], repo_id: str | None) -> None:
+    """Write the LoRA before anything that can fail; then the last pictures, the card and the upload."""
+    args, folder = run.args, Path(run.args.output_dir)
+    if run.accelerator.is_main_process:
+        write_lora(run, folder)
+    prompt = args.final_validation_prompt or args.validation_prompt
+    if prompt is not None and args.num_validation_images > 0 and not args.skip_final_inference:
+        pictures = validate(run, prompt, "test", args.max_train_steps, **FINAL_SAMPLING)
+    else:
+        prompt = args.validation_prompt
+    if run.accelerator.is_main_process:
+        write_model_card(args, pictures, prompt)
+        if repo_id is not None:
+            push(args, repo_id)
+        logger.info(f"Written: {folder / LORA_FILE}; use it with pipeline.load_lora_weights({args.output_dir!r})")
+
+
+# Copied from train_sap_lora_sd15.main
+def main(args: argparse.Namespace) -> None:
+    """Train as the command line says, through the stages of the module docstring.
+
+    Raises:
+        UsageError: for what the user can mend, before a model is loaded where it can be known then.
+    """
+    args = argparse.Namespace(**vars(args))
+    accelerator = start_accelerator(args)
+    warn_about_arguments(args)
+    check_pipeline(args)
+    checkpoint = find_checkpoint(args)
+    state = json.loads((checkpoint / STATE_FILE).read_text()) if checkpoint is not None else {}
+    start = state.get("global_step", 0)
+    args.seed = choose_seed(args, state)
+    images = load_subject_images(args)
+    plan(args, images, accelerator.num_processes)
+    repo_id = None
+    if args.push_to_hub and accelerator.is_main_process:
+        name = args.hub_model_id or Path(args.output_dir).name
+        repo_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+
+    run = Run(args, accelerator, images)
+    for stage in (encode_texts, encode_images, load_denoiser, add_adapters):
+        stage(run)
+        free_memory()  # of what the stage let go
+    register_checkpoint_hooks(run)
+    announce(run)
+    start_trackers(accelerator, args)
+    if start >= args.max_train_steps:
+        logger.info(f"{checkpoint} already has {start} of {args.max_train_steps} steps: nothing is left to train")
+    pictures = train(run, checkpoint, start)
+    finish(run, pictures, repo_id)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except UsageError as usage_error:
+        print(f"{Path(__file__).name}: error: {usage_error}", file=sys.stderr)
+        sys.exit(2)
