@@ -44,7 +44,7 @@ def launch(script: str, arguments: list[str], ranks: int | None = None, **enviro
     launcher = ["accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
     launcher += ["--dynamo_backend=no"]
     if ranks is not None:
-        launcher = ["torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
+        launcher = ["torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
         environment["ACCELERATE_USE_CPU"] = "true"
     command = [sys.executable, "-m", *launcher, f"{ROOT / script}.py", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
@@ -100,3 +100,8 @@ def randomise_adapters(run) -> None:
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.05 * torch.randn_like(parameter)
+
+
+def without(arguments: list[str], *names: str) -> list[str]:
+    """A command line without some flags."""
+    return [argument for argument in arguments if argument.split("=")[0] not in names]

@@ -83,7 +83,9 @@ def test_only_pictures_are_read_and_the_rest_is_named(tmp_path, caplog):
     images = load(tmp_path)
     assert [path.name for path in images.images] == ["00.JPG", "01.jpg", "02.jpg"]
     (line,) = [record.message for record in caplog.records]
-    assert all(name in line for name in (".DS_Store", "._00.jpg", "notes.md", "model.safetensors", ".ipynb_checkpoints"))
+    assert all(
+        name in line for name in (".DS_Store", "._00.jpg", "notes.md", "model.safetensors", ".ipynb_checkpoints")
+    )
 
 
 def test_captions_of_metadata_and_of_text_files(tmp_path):

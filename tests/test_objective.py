@@ -70,7 +70,9 @@ def test_terms_are_computed_in_float32():
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_min_snr_weights(prediction_type):
-    scheduler = DDPMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True, beta_schedule="scaled_linear")
+    scheduler = DDPMScheduler(
+        prediction_type=prediction_type, rescale_betas_zero_snr=True, beta_schedule="scaled_linear"
+    )
     timesteps = torch.tensor([10, 500, 999])
     alphas = scheduler.alphas_cumprod[timesteps]
     snr = alphas / (1 - alphas)
@@ -176,7 +178,9 @@ def test_nested_use_leaves_the_outer_one_off(run):
     with torch.no_grad(), sap.adapters_disabled(run.denoiser):
         with sap.adapters_disabled(run.denoiser):
             pass
-        assert torch.equal(sap.denoise(run.denoiser, step.model_input, step.timesteps, step.anchor_conditioning), anchor)
+        assert torch.equal(
+            sap.denoise(run.denoiser, step.model_input, step.timesteps, step.anchor_conditioning), anchor
+        )
 
 
 def test_optimizer_has_all_adapters_even_if_made_inside(run):

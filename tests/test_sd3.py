@@ -1,0 +1,468 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is Stable Diffusion 3's own: the flow, two CLIPs and a T5 that comes and goes, blocks, and the file's keys."""
+
+import weakref
+
+import pytest
+import tiny_pipelines
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from runner import anchors_of, assert_equal, draw, flags, launch, lora, make_run, randomise_adapters, train
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+import train_sap_lora_sd3 as sap
+
+SCRIPT = "train_sap_lora_sd3"
+PROMPTS = ["a photo of sks dog", "a photo of a dog"]
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory):
+    return tiny_pipelines.save_sd3(tmp_path_factory.mktemp("models") / "sd3")
+
+
+@pytest.fixture(scope="module")
+def sd3_without_t5(tmp_path_factory):
+    """The same weights as `sd3`, without T5."""
+    return tiny_pipelines.save_sd3(tmp_path_factory.mktemp("models") / "sd3_without_t5", t5=False)
+
+
+@pytest.fixture(scope="module")
+def sd35(tmp_path_factory):
+    return tiny_pipelines.save_sd3(tmp_path_factory.mktemp("models") / "sd35", dual_attention=True)
+
+
+def gradients(run) -> dict[str, torch.Tensor]:
+    """Gradients of the denoiser's adapters, which are cleared."""
+    found = {name: p.grad.clone() for name, p in run.denoiser.named_parameters() if p.requires_grad}
+    run.denoiser.zero_grad()
+    return found
+
+
+def layers_of(keys, name: str = "transformer") -> set[str]:
+    """The layers that a LoRA file's keys adapt in one module."""
+    return {key.split(".lora")[0].removeprefix(f"{name}.") for key in keys if key.startswith(f"{name}.")}
+
+
+# ---- The flow ----
+
+
+@pytest.mark.parametrize("scheme", ["logit_normal", "sigma_sqrt", "cosmap", "mode"])
+def test_noisy_latents_lie_on_the_flow_and_both_spaces_mean_the_same(scheme, sd3, photos, tmp_path):
+    more = ["--train_batch_size=4", f"--weighting_scheme={scheme}"]
+    _, velocities = make_run(SCRIPT, flags(sd3, photos, tmp_path, *more, "--precondition_outputs=0"))
+    _, latents = make_run(SCRIPT, flags(sd3, photos, tmp_path, *more))
+    flow, image = draw(sap, velocities)[0], draw(sap, latents)[0]
+    assert torch.equal(flow.model_input, image.model_input)
+    sigmas = (flow.timesteps / 1000)[:, None, None, None]
+    assert torch.allclose(flow.model_input, image.target + sigmas * flow.target, atol=1e-5)
+    assert torch.equal(sap.to_target_space(flow.target, flow), flow.target)
+    assert torch.allclose(sap.to_target_space(flow.target, image), image.target, atol=1e-5)
+    expected = {"sigma_sqrt": sigmas**-2, "cosmap": 2 / (torch.pi * (1 - 2 * sigmas + 2 * sigmas**2))}
+    assert torch.allclose(image.sample_weights, expected.get(scheme, torch.ones_like(sigmas)), rtol=1e-4)
+    assert torch.equal(image.sample_weights, flow.sample_weights)
+
+
+@pytest.mark.parametrize(
+    ("more", "low", "high"),
+    [
+        (["--logit_mean=-6"], 0.002, 0.05),
+        (["--logit_mean=6"], 0.95, 1.0),
+        (["--weighting_scheme=mode", "--mode_scale=5"], 0.002, 1.0),  # its density leaves [0, 1]
+        (["--weighting_scheme=cosmap"], 0.002, 1.0),
+    ],
+)
+def test_timesteps_follow_the_scheme_and_stay_in_the_table(more, low, high, sd3, photos, tmp_path):
+    _, run = make_run(SCRIPT, flags(sd3, photos, tmp_path, *more))
+    timesteps, sigmas = sap.draw_sigmas(run, 500, sap.keyed_generator(0))
+    assert torch.isin(timesteps, run.scheduler.timesteps).all()
+    assert torch.isin(sigmas, run.scheduler.sigmas).all()
+    assert sigmas.dtype == torch.float32
+    middle = sigmas.quantile(torch.tensor([0.1, 0.9]))
+    assert low <= middle[0] < middle[1] <= high
+    assert torch.equal(timesteps, sap.draw_sigmas(run, 500, sap.keyed_generator(0))[0])
+
+
+@pytest.mark.parametrize("scheme", ["logit_normal", "sigma_sqrt"])
+@pytest.mark.parametrize("precondition", [0, 1])
+def test_gradient_is_that_of_the_blend_scaled(precondition, scheme, sd3, photos, tmp_path):
+    weight = 0.5
+    more = ["--train_batch_size=2", f"--precondition_outputs={precondition}", f"--weighting_scheme={scheme}"]
+    _, run = make_run(SCRIPT, flags(sd3, photos, tmp_path, *more, f"--anchor_weight={weight}"))
+    randomise_adapters(run)
+    step, anchor = draw(sap, run)
+    student = sap.Student(run.denoiser)
+    sap.loss_terms(step, anchor, student, run.args)[0].backward()
+    of_objective = gradients(run)
+    step.target = (step.target + weight * sap.to_target_space(anchor, step)) / (1 + weight)
+    sap.loss_terms(step, None, student, run.args)[0].backward()
+    of_blend = gradients(run)
+    largest = max(gradient.abs().max() for gradient in of_objective.values())
+    assert largest > 1e-4
+    for name, gradient in of_objective.items():
+        assert torch.allclose(gradient, (1 + weight) * of_blend[name], atol=1e-5 * largest), name
+
+
+@pytest.mark.parametrize("logit_mean", [-5, 0, 4])
+@pytest.mark.parametrize("scheme", ["logit_normal", "sigma_sqrt"])
+@pytest.mark.parametrize("precondition", [0, 1])
+def test_weight_of_the_anchor_does_not_depend_on_sigma(precondition, scheme, logit_mean, sd3, photos, tmp_path):
+    more = [f"--precondition_outputs={precondition}", f"--weighting_scheme={scheme}", f"--logit_mean={logit_mean}"]
+    _, run = make_run(SCRIPT, flags(sd3, photos, tmp_path, *more))
+    for index in range(3):
+        step, _ = draw(sap, run, index)
+        velocity = (step.target - step.skip * step.model_input) / step.scale
+        error = torch.randn(velocity.shape, generator=sap.keyed_generator(index))
+        prediction = velocity + error  # as far from the truth as from the anchor
+        _, reconstruction, distance = sap.loss_terms(step, prediction + error, lambda *_, p=prediction: p, run.args)
+        assert torch.isclose(reconstruction, distance, rtol=1e-3)
+        assert distance > 0
+
+
+def test_small_distances_survive_half_precision(sd3, photos, tmp_path):
+    _, run = make_run(SCRIPT, flags(sd3, photos, tmp_path, "--logit_mean=-5", "--mixed_precision=bf16"))
+    step, anchor = draw(sap, run)
+    assert anchor.dtype == torch.bfloat16
+    prediction = anchor * 1.01
+    _, _, distance = sap.loss_terms(step, anchor, lambda *_: prediction, run.args)
+    sigmas = (step.timesteps / 1000).double()[:, None, None, None]
+    expected = ((sigmas * (prediction.double() - anchor.double())) ** 2).mean()
+    assert expected < 1e-6
+    assert distance.item() == pytest.approx(expected.item(), rel=1e-2)
+
+
+# ---- The anchor ----
+
+
+@pytest.mark.parametrize("more", [[], ["--use_dora", "--mixed_precision=bf16"]])
+def test_anchor_equals_the_base_model_before_and_after_training(more, sd35, photos, tmp_path):
+    _, run = make_run(SCRIPT, flags(sd35, photos, tmp_path, "--train_batch_size=2", *more))
+    base = SD3Transformer2DModel.from_pretrained(sd35, subfolder="transformer", dtype=run.dtype)
+    student = run.accelerator.prepare(sap.Student(run.denoiser))
+    optimizer = sap.make_optimizer(run)
+    for index in range(3):
+        step, anchor = draw(sap, run, index)
+        with torch.no_grad(), run.accelerator.autocast():
+            expected = sap.denoise(base, step.model_input, step.timesteps, step.anchor_conditioning)
+        assert torch.equal(anchor, expected)
+        sap.loss_terms(step, anchor, student, run.args)[0].backward()
+        optimizer.step()
+    with torch.no_grad(), run.accelerator.autocast():
+        moved = sap.denoise(run.denoiser, step.model_input, step.timesteps, step.anchor_conditioning)
+    assert not torch.allclose(moved, expected, atol=1e-3)
+
+
+def test_anchor_batch_size_changes_rounding_only(sd3, captioned, tmp_path):
+    more = ["--subject_token=sks", "--class_token=a"]
+    _, run = make_run(SCRIPT, flags(sd3, captioned, tmp_path, *more))
+    randomise_adapters(run)
+    steps = [draw(sap, run, index)[0] for index in range(4)]
+    together = anchors_of(sap, run, steps, batch_size=4)
+    for step, anchor in zip(steps, together, strict=True):
+        (alone,) = anchors_of(sap, run, [step], batch_size=1)
+        assert torch.allclose(alone, anchor, atol=1e-5)
+
+
+# ---- Text encoders ----
+
+
+def test_live_clips_and_remembered_t5_are_the_pipelines_prompt(sd3, photos, tmp_path):
+    more = ["--train_text_encoder", "--max_sequence_length=20"]
+    _, run = make_run(SCRIPT, flags(sd3, photos, tmp_path, *more))
+    pipeline = StableDiffusion3Pipeline.from_pretrained(sd3)
+    with torch.no_grad():
+        for prompt in PROMPTS:
+            expected = pipeline.encode_prompt(
+                prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=20
+            )
+            live = sap.encode_prompts(run.text_pipeline, [prompt], run.device)
+            assert torch.equal(live["encoder_hidden_states"], expected[0])
+            assert torch.equal(live["pooled_projections"], expected[2])
+        both = sap.encode_prompts(run.text_pipeline, PROMPTS, run.device)
+        randomise_adapters(run)
+        moved = sap.encode_prompts(run.text_pipeline, PROMPTS, run.device)
+    assert torch.allclose(both["encoder_hidden_states"][1:], expected[0], atol=1e-5)  # each keeps its own tokens
+    assert not torch.allclose(both["encoder_hidden_states"][:1], expected[0], atol=1e-2)
+    tokens_of_t5 = slice(77, None)
+    assert not torch.allclose(moved["pooled_projections"], both["pooled_projections"], atol=1e-3)
+    assert torch.equal(moved["encoder_hidden_states"][:, tokens_of_t5], both["encoder_hidden_states"][:, tokens_of_t5])
+
+
+def test_max_sequence_length_holds_in_training_and_validation(sd3, photos, tmp_path):
+    prompt = "a photo of sks dog"
+    arguments = flags(sd3, photos, tmp_path, f"--validation_prompt={prompt}", "--max_sequence_length=9")
+    _, run = make_run(SCRIPT, arguments)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(sd3)
+    with torch.no_grad():
+        expected = pipeline.encode_prompt(prompt, None, None, max_sequence_length=9)
+    trained, sampled = run.embeddings[prompt], run.sampling_inputs[prompt]
+    assert expected[0].shape[1] == 77 + 9
+    assert torch.equal(trained["encoder_hidden_states"], expected[0])
+    assert torch.equal(trained["pooled_projections"], expected[2])
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    for name, tensor in zip(names, expected, strict=True):
+        assert torch.equal(sampled[name], tensor), name
+
+
+def test_leaving_t5_out_equals_a_base_that_has_none(sd3, sd3_without_t5, photos, tmp_path, monkeypatch):
+    more = ["--train_text_encoder", "--validation_prompt=a dog", "--num_validation_images=1"]
+    train(SCRIPT, flags(sd3, photos, tmp_path / "with", *more, "--skip_final_inference"))
+    monkeypatch.delattr(T5EncoderModel, "forward")
+    train(SCRIPT, flags(sd3_without_t5, photos, tmp_path / "none", *more))
+    train(SCRIPT, flags(sd3, photos, tmp_path / "without", *more, "--without_t5"))
+    assert_equal(lora(tmp_path / "none"), lora(tmp_path / "without"))
+    changed = lora(tmp_path / "with")
+    assert not all(torch.equal(tensor, changed[key]) for key, tensor in lora(tmp_path / "none").items())
+    assert (tmp_path / "none" / "image_0.png").is_file()
+
+
+@pytest.mark.parametrize("more", [[], ["--train_text_encoder"]])
+def test_the_transformer_never_meets_t5_and_clips_only_if_they_train(more, sd3, photos, tmp_path, monkeypatch):
+    alive = {kind: weakref.WeakSet() for kind in (T5EncoderModel, CLIPTextModelWithProjection)}
+    loaded, met = [], []
+    for kind, members in alive.items():
+
+        def remember(self, *args, original=kind.__init__, members=members, **options):
+            original(self, *args, **options)
+            members.add(self)
+            loaded.append(type(self).__name__)
+
+        monkeypatch.setattr(kind, "__init__", remember)
+    original = SD3Transformer2DModel.__init__
+
+    def look_around(self, *args, **options):
+        met.append([len(members) for members in alive.values()])
+        original(self, *args, **options)
+
+    monkeypatch.setattr(SD3Transformer2DModel, "__init__", look_around)
+    more = [*more, "--validation_prompt=a dog", "--num_validation_images=1"]
+    train(SCRIPT, flags(sd3, photos, tmp_path, *more, steps=1))
+    assert sorted(set(loaded)) == ["CLIPTextModelWithProjection", "T5EncoderModel"]
+    assert met == [[0, 2 if "--train_text_encoder" in more else 0]]
+    assert loaded.count("T5EncoderModel") == 1  # validation does not bring it back
+
+
+# ---- Data: every sample has its own latents and its own words ----
+
+
+def test_a_sample_meets_its_own_latents_and_caption(sd3, captioned, tmp_path):
+    more = ["--train_batch_size=2", "--cache_latents", "--subject_token=sks", "--class_token=a"]
+    _, run = make_run(SCRIPT, flags(sd3, captioned, tmp_path, *more))
+    sampler = sap.MicroStepSampler(run.images, run.args, 0, 1)
+    sampler.start, sampler.stop = 0, 4
+    numbers = []
+    for number, draws in enumerate(sampler):
+        items = [run.images[one] for one in draws]
+        before = sap.draw_micro_step(run, number, items)
+        for row, (index, _) in enumerate(draws):
+            saved_posterior, saved_embeddings = dict(run.posteriors), dict(run.embeddings)
+            run.posteriors[index, False] = run.posteriors[index, False] + 1
+            after = sap.draw_micro_step(run, number, items)
+            assert changed_rows(before.model_input, after.model_input) == {row}
+            assert changed_rows(before.target, after.target) == {row}
+            run.posteriors = saved_posterior
+            for caption, name in ((run.images.captions[index], "conditioning"),
+                                  (run.images.anchor_captions[index], "anchor_conditioning")):  # fmt: skip
+                run.embeddings = {
+                    **saved_embeddings,
+                    caption: {k: v + 1 for k, v in saved_embeddings[caption].items()},
+                }
+                after = sap.draw_micro_step(run, number, items)
+                for part, tensor in getattr(after, name).items():
+                    assert changed_rows(getattr(before, name)[part], tensor) == {row}
+                assert not changed_rows(before.model_input, after.model_input)
+            run.embeddings = saved_embeddings
+            numbers.append(index)
+    assert set(numbers) == set(range(5))
+
+
+def changed_rows(before: torch.Tensor, after: torch.Tensor) -> set[int]:
+    """The samples of a batch that are not the same in both."""
+    return {row for row in range(len(before)) if not torch.equal(before[row], after[row])}
+
+
+def test_latents_have_unit_scale_and_their_inverse(sd3, photos, tmp_path):
+    _, run = make_run(SCRIPT, flags(sd3, photos, tmp_path, "--train_batch_size=4"))
+    latents = draw(sap, run)[0].target
+    assert latents.shape == (4, 16, 8, 8)
+    raw = sap.unscale_latents(latents, run.vae_config)
+    expected = torch.cat([latents / 1.5305 + 0.0609])
+    assert torch.allclose(raw, expected, atol=1e-6)
+    assert torch.allclose(sap.scale_latents(raw, run.vae_config), latents, atol=1e-6)
+
+
+# ---- Runs ----
+
+
+def test_a_run_as_a_user_starts_it(sd3, photos, tmp_path):
+    more = ["--validation_prompt=a photo of sks dog", "--num_validation_images=1", "--report_to=tensorboard"]
+    result = launch(SCRIPT, flags(sd3, photos, tmp_path, *more))
+    assert "Written" in result.stderr
+    tensors = lora(tmp_path)
+    assert all(key.startswith("transformer.") and ".lora_" in key for key in tensors)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    still = {key for key, tensor in tensors.items() if ".lora_B" in key and not tensor.any()}
+    # The last block's context goes nowhere, so its queries cannot learn.
+    assert still == {"transformer.transformer_blocks.1.attn.add_q_proj.lora_B.weight"}
+    assert (tmp_path / "image_0.png").is_file()
+    assert any((tmp_path / "logs" / "dreambooth-sd3-lora").iterdir())
+    card = (tmp_path / "README.md").read_text()
+    assert "\n- sd3\n" in card
+    assert "license: other" in card
+
+
+def test_two_ranks(sd3, captioned, tmp_path):
+    launch(SCRIPT, flags(sd3, captioned, tmp_path, "--train_text_encoder", "--gradient_accumulation_steps=2"), ranks=2)
+    tensors = lora(tmp_path)
+    moved = {key for key, tensor in tensors.items() if ("lora_B" in key or ".up." in key) and tensor.any()}
+    assert {key.split(".")[0] for key in moved} == {"transformer", "text_encoder", "text_encoder_2"}
+
+
+@pytest.mark.parametrize("more", [[], ["--use_dora", "--mixed_precision=bf16"]])
+def test_both_clips_train_and_resume_bit_for_bit(more, sd3, captioned, tmp_path):
+    more = ["--train_text_encoder", "--checkpointing_steps=2", *more]
+    train(SCRIPT, flags(sd3, captioned, tmp_path / "whole", *more, steps=4))
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    resumed = flags(sd3, captioned, tmp_path / "resumed", *more, f"--resume_from_checkpoint={checkpoint}", steps=4)
+    train(SCRIPT, resumed)
+    assert_equal(lora(tmp_path / "whole"), lora(tmp_path / "resumed"))
+    halfway, whole = lora(checkpoint), lora(tmp_path / "whole")
+    for name in ("transformer", "text_encoder", "text_encoder_2"):
+        assert any(not torch.equal(halfway[key], whole[key]) for key in whole if key.startswith(f"{name}."))
+
+
+def test_validation_changes_nothing_in_training(sd3, photos, tmp_path):
+    more = ["--train_text_encoder", "--lora_dropout=0.3"]
+    train(SCRIPT, flags(sd3, photos, tmp_path / "plain", *more, steps=3))
+    more += [
+        "--validation_prompt=a dog",
+        "--validation_steps=1",
+        "--num_validation_images=1",
+        "--skip_final_inference",
+    ]
+    train(SCRIPT, flags(sd3, photos, tmp_path / "watched", *more, steps=3))
+    assert_equal(lora(tmp_path / "plain"), lora(tmp_path / "watched"))
+
+
+def test_saving_upcast_leaves_a_half_precision_run_alone(sd3, captioned, tmp_path):
+    more = ["--mixed_precision=bf16", "--cache_latents", "--train_batch_size=2", "--checkpointing_steps=1"]
+    train(SCRIPT, flags(sd3, captioned, tmp_path / "plain", *more, steps=3))
+    train(SCRIPT, flags(sd3, captioned, tmp_path / "upcast", *more, "--upcast_before_saving", steps=3))
+    tensors = lora(tmp_path / "upcast")
+    assert_equal(lora(tmp_path / "plain"), tensors)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    first, last = lora(tmp_path / "upcast" / "checkpoint-1"), lora(tmp_path / "upcast" / "checkpoint-3")
+    assert not all(torch.equal(first[key], last[key]) for key in last)
+
+
+# ---- LoRA: where it goes, and that others read it ----
+
+
+def test_dual_attention_is_adapted_where_it_is(sd35, photos, tmp_path):
+    train(SCRIPT, flags(sd35, photos, tmp_path))
+    layers = {f"transformer_blocks.0.attn2.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")}
+    tensors = lora(tmp_path)
+    assert layers <= layers_of(tensors)
+    assert all(tensors[f"transformer.{layer}.lora_B.weight"].any() for layer in layers)
+    assert "transformer_blocks.1.attn2.to_q" not in layers_of(tensors)
+    assert "\n- sd3.5\n" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--lora_layers=attn.to_k"], {"transformer_blocks.0.attn.to_k", "transformer_blocks.1.attn.to_k"}),
+        (
+            ["--lora_blocks= 0", "--lora_layers=to_k, ff.net.0.proj"],
+            {"transformer_blocks.0." + name for name in ("attn.to_k", "attn2.to_k", "ff.net.0.proj")},
+        ),
+        (
+            ["--lora_blocks=1"],
+            {
+                f"transformer_blocks.1.attn.{name}"
+                for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
+            },
+        ),
+        (
+            ["--lora_blocks=0,1", "--lora_layers=attn.to_q"],
+            {"transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_q"},
+        ),
+    ],
+)
+def test_layers_and_blocks_can_be_chosen(more, expected, sd35, photos, tmp_path):
+    _, run = make_run(SCRIPT, flags(sd35, photos, tmp_path, *more))
+    sap.write_lora(run, tmp_path)
+    assert layers_of(lora(tmp_path)) == expected
+    pipeline = StableDiffusion3Pipeline.from_pretrained(sd35)
+    pipeline.load_lora_weights(tmp_path)
+    adapted = {name.split(".lora_A")[0] for name, _ in pipeline.transformer.named_modules() if name.endswith("lora_A")}
+    assert adapted == expected
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--lora_blocks=0,2"], "--lora_blocks 0,2: the base has the blocks 0 to 1"),
+        (["--lora_layers=to_nothing"], "--lora_layers to_nothing"),
+        (["--lora_blocks=1", "--lora_layers=to_add_out"], "--lora_layers to_add_out"),
+    ],
+)
+def test_a_choice_without_layers_is_a_mistake(more, named, sd3, photos, tmp_path):
+    with pytest.raises(sap.UsageError, match=named):
+        train(SCRIPT, flags(sd3, photos, tmp_path, *more))
+
+
+@pytest.mark.parametrize("dora", [[], ["--use_dora"]])
+def test_the_pipeline_reads_the_lora_with_its_alpha(dora, sd3, photos, tmp_path):
+    _, run = make_run(SCRIPT, flags(sd3, photos, tmp_path, "--train_text_encoder", "--lora_alpha=8", *dora))
+    randomise_adapters(run)
+    sap.write_lora(run, tmp_path)
+    step, _ = draw(sap, run)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(sd3)
+    found = []
+    with torch.no_grad():
+        student = sap.Student(run.denoiser, run.text_pipeline)
+        expected = student(step.model_input, step.timesteps, {}, step.prompts)
+        for load in (False, True):
+            if load:
+                pipeline.load_lora_weights(tmp_path)
+            embeddings, _, pooled, _ = pipeline.encode_prompt(
+                step.prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=77
+            )
+            found.append(pipeline.transformer(step.model_input, embeddings, pooled, step.timesteps).sample)
+    assert torch.allclose(found[1], expected, atol=1e-4)
+    assert not torch.allclose(found[0], expected, atol=1e-2)
+    for module in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2):
+        (config,) = module.peft_config.values()
+        assert (config.r, config.lora_alpha) == (4, 8)
+
+
+# ---- Command line ----
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--snr_gamma=5",
+        "--output_kohya_format",
+        "--enable_xformers_memory_efficient_attention",
+        "--max_sequence_length=513",
+        "--max_sequence_length=0",
+        "--lora_blocks=0,x",
+        "--lora_blocks=",
+        "--logit_std=-1",
+        "--resolution=72",
+    ],
+)
+def test_what_sd3_cannot_do_is_refused_by_name(flag, sd3, photos, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sap.parse_args(flags(sd3, photos, tmp_path, flag))
+    assert stop.value.code == 2
+    assert f"error: {flag.split('=')[0]}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_pipelines_are_refused(sd15, photos, tmp_path):
+    with pytest.raises(sap.UsageError, match="Stable Diffusion 3"):
+        train(SCRIPT, flags(sd15, photos, tmp_path))
