@@ -70,9 +70,7 @@ from diffusers.training_utils import (
     free_memory,
     parse_buckets_string,
 )
-from diffusers.training_utils import (
-    compute_loss_weighting_for_sd3 as flow_weights,
-)
+from diffusers.training_utils import compute_loss_weighting_for_sd3 as flow_weights
 from diffusers.utils import (
     convert_state_dict_to_diffusers,
     convert_state_dict_to_peft,
@@ -153,7 +151,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("flow matching").add_argument
     add("--weighting_scheme", type=str, default="logit_normal", help="Density of timesteps, or weight of both terms.",
         choices=["sigma_sqrt", "logit_normal", "mode", "cosmap"])  # fmt: skip
-    add("--logit_mean", type=float, default=0.0, help="Mean of the logit of time, for logit_normal.")
+    add("--logit_mean", type=float, default=0.0, help="Mean of the logit for logit_normal; above 0 means less noise.")
     add("--logit_std", type=float, default=1.0, help="Its standard deviation.")
     add("--mode_scale", type=float, default=1.29, help="How far the mode scheme is from uniform time.")
     add("--precondition_outputs", type=int, default=1, help="1: both terms compare latents, 0: velocities.")
