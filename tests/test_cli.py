@@ -7,7 +7,7 @@ from pathlib import Path
 
 import copies
 import pytest
-from runner import flags, train
+from runner import flags, train, without
 
 import train_sap_lora_sd15 as sap
 
@@ -109,9 +109,8 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_end_in_one_sentence(name, photos, tmp_path, capsys):
     mistakes, words = MISTAKES[name]
-    arguments = flags("base", photos, tmp_path / "out", *mistakes)
-    removed = {flag for flag in mistakes if flag.endswith("=")}
-    arguments = [flag for flag in arguments if not any(flag.startswith(prefix) for prefix in removed)]
+    emptied = [flag[:-1] for flag in mistakes if flag.endswith("=")]
+    arguments = without(flags("base", photos, tmp_path / "out", *mistakes), *emptied)
     with pytest.raises(SystemExit) as stopped:
         sap.parse_args(arguments)
     assert stopped.value.code == 2
@@ -122,7 +121,7 @@ def test_mistakes_end_in_one_sentence(name, photos, tmp_path, capsys):
 
 
 def without_class_prompt(photos: Path, *more: str) -> list[str]:
-    return [flag for flag in flags("base", photos, "out", *more) if not flag.startswith("--class_prompt")]
+    return without(flags("base", photos, "out", *more), "--class_prompt")
 
 
 def test_an_anchor_needs_a_class_prompt(photos, capsys):

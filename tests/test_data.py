@@ -10,7 +10,7 @@ import pytest
 import tiny_pipelines
 import torch
 from PIL import Image
-from runner import draw, flags, make_run
+from runner import draw, flags, make_run, without
 
 import train_sap_lora_sd15 as sap
 
@@ -143,7 +143,7 @@ def dataset(photos, tmp_path_factory) -> Path:
 
 
 def of_dataset(dataset: Path, *more: str) -> sap.SubjectImages:
-    arguments = [flag for flag in flags("base", "none", "out", *more) if "instance_data_dir" not in flag]
+    arguments = without(flags("base", "none", "out", *more), "--instance_data_dir")
     return sap.load_subject_images(sap.parse_args([*arguments, f"--dataset_name={dataset}"]))
 
 
@@ -199,7 +199,7 @@ def test_mirrored_pixels(tmp_path):
 
 
 def test_random_crops_are_drawn_anew_at_each_micro_step_but_not_at_random(photos):
-    arguments = [flag for flag in flags("base", photos, "out") if flag != "--center_crop"]
+    arguments = without(flags("base", photos, "out"), "--center_crop")
     images = sap.load_subject_images(sap.parse_args(arguments))
     assert not images.cacheable
     items = [images[(0, (0, 0, step, 0))] for step in range(8)]
@@ -215,12 +215,12 @@ def test_random_crops_are_drawn_anew_at_each_micro_step_but_not_at_random(photos
 )  # fmt: skip
 def test_latents_are_cached_where_crops_do_not_move(size, more, cacheable, tmp_path):
     photos = tiny_pipelines.save_photos(tmp_path / "photos", count=1, size=size)
-    arguments = [flag for flag in flags("base", photos, "out", *more) if flag != "--center_crop" or flag in more]
+    arguments = without(flags("base", photos, "out"), "--center_crop") + more
     assert sap.load_subject_images(sap.parse_args(arguments)).cacheable == cacheable
 
 
 def test_cached_random_crops_differ_between_pictures_and_seeds(photos):
-    arguments = [flag for flag in flags("base", photos, "out", "--cache_latents") if flag != "--center_crop"]
+    arguments = without(flags("base", photos, "out", "--cache_latents"), "--center_crop")
     images = sap.load_subject_images(sap.parse_args(arguments))
     assert len({tuple(centering) for centering in images.fixed_centering}) == 5
     other = sap.load_subject_images(sap.parse_args([*arguments, "--seed=1"]))

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from runner import LORA_FILE, assert_equal, flags, lora, train
+from runner import LORA_FILE, assert_equal, flags, lora, train, without
 from safetensors.torch import load_file, save_file
 
 import train_sap_lora_sd15 as sap
@@ -17,7 +17,7 @@ OF_RUN = ["--train_text_encoder", "--gradient_accumulation_steps=2", "--lora_dro
 
 
 def arguments(base, photos, output, *more: str, steps: int) -> list[str]:
-    return [flag for flag in flags(base, photos, output, *OF_RUN, *more, steps=steps) if flag != "--center_crop"]
+    return without(flags(base, photos, output, *OF_RUN, *more, steps=steps), "--center_crop")
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +41,7 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(value, undisturbed, sd15, cap
 
 
 def test_resuming_finds_its_seed(sd15, photos, tmp_path, caplog):
-    without_seed = [
-        flag
-        for flag in flags(sd15, photos, tmp_path, "--checkpointing_steps=1", steps=3)
-        if not flag.startswith("--seed")
-    ]
+    without_seed = without(flags(sd15, photos, tmp_path, "--checkpointing_steps=1", steps=3), "--seed")
     train(SCRIPT, without_seed)
     whole = lora(tmp_path)
     shutil.rmtree(tmp_path / "checkpoint-3")
@@ -56,9 +52,7 @@ def test_resuming_finds_its_seed(sd15, photos, tmp_path, caplog):
 
 def test_runs_without_seed_differ(sd15, photos, tmp_path):
     for name in ("one", "other"):
-        train(
-            SCRIPT, [flag for flag in flags(sd15, photos, tmp_path / name, steps=1) if not flag.startswith("--seed")]
-        )
+        train(SCRIPT, without(flags(sd15, photos, tmp_path / name, steps=1), "--seed"))
     one, other = lora(tmp_path / "one"), lora(tmp_path / "other")
     assert any(not torch.equal(one[key], other[key]) for key in one)
 
@@ -100,8 +94,9 @@ def test_a_checkpoint_is_complete_before_it_has_its_name_and_before_old_ones_go(
     def cut_off(source, target):
         raise KeyboardInterrupt
 
-    arguments = flags(sd15, photos, tmp_path, "--checkpointing_steps=1", "--checkpoints_total_limit=1", steps=2)
-    train(SCRIPT, [flag.replace("steps=2", "steps=1") if "max_train" in flag else flag for flag in arguments])
+    more = ["--checkpointing_steps=1", "--checkpoints_total_limit=1"]
+    arguments = flags(sd15, photos, tmp_path, *more, steps=2)
+    train(SCRIPT, flags(sd15, photos, tmp_path, *more, steps=1))
     monkeypatch.setattr(sap, "write_lora", cut_off)
     with pytest.raises(KeyboardInterrupt):
         train(SCRIPT, [*arguments, "--resume_from_checkpoint=latest"])
@@ -143,7 +138,7 @@ def test_every_tensor_of_a_checkpoint_must_be_used(change, reason, undisturbed, 
 
 def test_a_text_encoder_that_no_longer_trains_is_not_forgotten_silently(undisturbed, sd15, captioned, tmp_path):
     shutil.copytree(undisturbed / "checkpoint-2", tmp_path / "checkpoint-2")
-    more = [flag for flag in arguments(sd15, captioned, tmp_path, steps=5) if flag != "--train_text_encoder"]
+    more = without(arguments(sd15, captioned, tmp_path, steps=5), "--train_text_encoder")
     with pytest.raises(sap.UsageError, match="does not train text_encoder"):
         train(SCRIPT, [*more, "--resume_from_checkpoint=latest"])
 

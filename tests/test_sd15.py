@@ -12,7 +12,7 @@ import tiny_pipelines
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from runner import LORA_FILE, ROOT, assert_equal, draw, flags, launch, lora, make_run, train
+from runner import LORA_FILE, ROOT, assert_equal, draw, flags, launch, lora, make_run, train, without
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -114,8 +114,7 @@ def test_a_mistake_ends_with_status_2_and_no_traceback(sd15, tmp_path):
     ],
 )
 def test_combinations_train_and_load(more, sd15, photos, tmp_path):
-    arguments = [flag for flag in flags(sd15, photos, tmp_path, *more) if flag != "--center_crop"]
-    train(SCRIPT, arguments)
+    train(SCRIPT, without(flags(sd15, photos, tmp_path, *more), "--center_crop"))
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in lora(tmp_path).values())
     assert np.abs(picture(sd15) - picture(sd15, tmp_path)).max() > 0.001
 
@@ -158,8 +157,7 @@ def test_every_optimizer_step_has_the_same_number_of_samples(sd15, photos, tmp_p
         sap, "loss_terms", lambda step, *rest: drawn.append(len(step.prompts)) or original(step, *rest)
     )
     more = ["--train_batch_size=2", "--gradient_accumulation_steps=2", "--num_train_epochs=2"]
-    arguments = [flag for flag in flags(sd15, photos, tmp_path, *more) if "max_train_steps" not in flag]
-    train(SCRIPT, arguments)
+    train(SCRIPT, without(flags(sd15, photos, tmp_path, *more), "--max_train_steps"))
     assert drawn == [2] * 2 * 4  # 5 pictures: 3 batches, so 2 optimizer steps of 2 batches an epoch
 
 
