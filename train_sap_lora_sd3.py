@@ -1172,7 +1172,7 @@ def draw_sigmas(run: Run, count: int, generator: torch.Generator) -> tuple[torch
         args.weighting_scheme, count, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
     )
     size = len(scheduler.timesteps)
-    indices = (density * size).long().clamp(0, size - 1)  # the mode scheme's density includes both ends
+    indices = (density * size).long().clamp(0, size - 1)  # the mode scheme reaches 1 and can leave [0, 1]
     sigmas = scheduler.sigmas[indices].float()[:, None, None, None]
     return scheduler.timesteps[indices].to(run.device), sigmas.to(run.device)
 
