@@ -6,6 +6,7 @@ it. The original is found by that name in train_sap_lora_sd15.py.
 """
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ SCRIPTS = [path for path in sorted(ROOT.glob("train_sap_lora_*.py")) if path != 
 MARK = re.compile(r"# Copied from train_sap_lora_sd15\.(\w+)$")
 
 
+@functools.lru_cache
 def definitions(text: str) -> dict[str, tuple[int, int]]:
     """Names defined at the top level, with their first and last line, counted from 0, decorators included."""
     found = {}

@@ -349,17 +349,25 @@ def test_kohya_file(trained, sd15):
 
 
 def test_dora_loads_with_its_magnitudes(sd15, photos, tmp_path):
-    _, run = make_run(SCRIPT, flags(sd15, photos, tmp_path / "out", "--use_dora"))
-    train(SCRIPT, flags(sd15, photos, tmp_path / "out", "--use_dora", "--output_kohya_format", "--learning_rate=0.1"))
+    more = ["--use_dora", "--train_text_encoder", "--checkpointing_steps=1", "--learning_rate=0.1"]
+    train(SCRIPT, flags(sd15, photos, tmp_path, *more))
+    trained = lora(tmp_path)
     pipeline = StableDiffusionPipeline.from_pretrained(sd15)
-    pipeline.load_lora_weights(tmp_path / "out")
-    assert pipeline.unet.peft_config["default_0"].use_dora
-    stored = {key: tensor for key, tensor in lora(tmp_path / "out").items() if "magnitude" in key}
-    loaded = {name: p for name, p in pipeline.unet.named_parameters() if "magnitude" in name}
-    assert len(stored) == len(loaded) == 32
-    for key, tensor in stored.items():
-        name = key.removeprefix("unet.").replace("magnitude_vector", "magnitude_vector.default_0.weight")
-        assert torch.equal(loaded[name], tensor)
+    pipeline.load_lora_weights(tmp_path)
+    for prefix, module, count in (
+        ("unet.", pipeline.unet, 32),
+        ("text_encoder.text_model.", pipeline.text_encoder, 8),
+    ):
+        assert module.peft_config["default_0"].use_dora
+        stored = {key.removeprefix(prefix).removesuffix(".weight"): tensor for key, tensor in trained.items()
+                  if key.startswith(prefix) and "magnitude" in key}  # fmt: skip
+        assert len(stored) == count
+        for name, tensor in stored.items():
+            assert torch.equal(module.get_parameter(f"{name}.default_0.weight"), tensor), name
+    train(
+        SCRIPT, flags(sd15, photos, tmp_path / "resumed", *more, f"--resume_from_checkpoint={tmp_path}/checkpoint-1")
+    )
+    assert_equal(lora(tmp_path / "resumed"), trained)
 
 
 @pytest.mark.parametrize("weight", ["0.25", "0"])
