@@ -59,7 +59,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, tqdm
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -106,6 +112,7 @@ CARD_LICENSE = "other"
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 STATE_FILE = "trainer_state.json"
+DORA_KEY = "lora_magnitude_vector"
 PAPER = "https://arxiv.org/abs/2511.22245"
 SECRETS = {"hub_token"}
 
@@ -274,7 +281,9 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 # Copied from train_sap_lora_sd15.parse_args
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the command line (`sys.argv` without `input_args`); a mistake ends in one sentence, status 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    usage = "accelerate launch %(prog)s --pretrained_model_name_or_path BASE --instance_data_dir FOLDER "
+    usage += '--instance_prompt "a photo of sks dog" --class_prompt "a photo of a dog" [more of the flags below]'
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add_model_arguments(parser)
     add_subject_arguments(parser)
     add_anchor_arguments(parser)
@@ -289,8 +298,8 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         check_numbers(args)
         check_data_arguments(args)
         check_anchor_arguments(args)
-        check_training_arguments(args)
         check_backbone_arguments(args)
+        check_training_arguments(args)
     except UsageError as error:
         parser.error(str(error))
     return args
@@ -433,14 +442,18 @@ def adapters_disabled(model: torch.nn.Module) -> Iterator[None]:
         ValueError: for what the flag does not switch off: whole modules in the adapter (`modules_to_save`), merged
             adapters, or trained parameters outside of the adapter layers.
     """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    adapter_parts = {part for layer in layers for part in layer.adapter_layer_names}
-    if any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):
-        raise ValueError("the adapter holds whole modules (modules_to_save), which cannot be switched off")
-    if any(layer.merged for layer in layers):
-        raise ValueError("the adapter is merged into the weights: call unmerge_adapter() first")
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and adapter_parts.isdisjoint(name.split(".")):
+    layers, adapter_parts = [], set()
+    for name, module in model.named_modules():  # one walk, parents first: it takes milliseconds
+        if isinstance(module, BaseTunerLayer):
+            if module.merged:
+                raise ValueError(f"the adapter of {name} is merged into the weights: call unmerge_adapter() first")
+            layers.append(module)
+            adapter_parts.update(module.adapter_layer_names)
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            raise ValueError(f"the adapter holds all of {name} (modules_to_save), which cannot be switched off")
+        elif adapter_parts.isdisjoint(name.split(".")) and any(
+            p.requires_grad for p in module.parameters(recurse=False)
+        ):
             raise ValueError(f"{name} trains but is no adapter: without adapters this is not the pretrained model")
     before = [layer._disable_adapters for layer in layers]
     try:
@@ -789,6 +802,7 @@ def as_list(items: list) -> list:
 # ---- Components, in stages: text encoders, then the VAE, then the denoiser ----
 
 
+# Copied from train_sap_lora_sd15.Run
 @dataclasses.dataclass
 class Run:
     """What the stages of a run hand on. The text pipeline and the VAE are None as soon as they are not needed."""
@@ -796,7 +810,7 @@ class Run:
     args: argparse.Namespace
     accelerator: Accelerator
     images: SubjectImages
-    scheduler: FlowMatchEulerDiscreteScheduler | None = None
+    scheduler: SchedulerMixin | None = None
     text_pipeline: PIPELINE_CLASS | None = None
     embeddings: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)  # of each prompt
     sampling_inputs: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)
@@ -1035,7 +1049,7 @@ def add_adapters(run: Run) -> None:
         try:
             module.add_adapter(config)
         except ValueError as error:
-            raise UsageError(f"--lora_layers {args.lora_layers}: {error}") from error
+            raise UsageError(f"--lora_layers: {error}") from error
         cast_training_params(module, torch.float32)
         module.train()
 
@@ -1056,7 +1070,10 @@ def lora_layers(run: Run) -> dict[str, dict[str, torch.Tensor]]:
 
 def to_file_keys(name: str, layers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Keys as upstream's files have them: `lora_A` and `lora_B`; `lora_linear_layer` in text encoders."""
-    return layers if name == DENOISER else convert_state_dict_to_diffusers(layers)
+    if name == DENOISER:
+        return layers
+    layers = convert_state_dict_to_diffusers(layers)  # but transformers names DoRA's magnitudes otherwise
+    return {key.replace(DORA_KEY, f"{DORA_KEY}.weight"): tensor for key, tensor in layers.items()}
 
 
 # Copied from train_sap_lora_sd15.write_lora
@@ -1088,6 +1105,7 @@ def read_lora(run: Run, folder: Path) -> None:
         if name == DENOISER:
             layers = convert_unet_state_dict_to_peft(layers)
         elif layers:
+            layers = {key.replace(f"{DORA_KEY}.weight", DORA_KEY): tensor for key, tensor in layers.items()}
             layers = convert_state_dict_to_peft(layers)
             if not hasattr(module, "text_model"):
                 layers = {key.removeprefix("text_model."): tensor for key, tensor in layers.items()}
@@ -1513,6 +1531,7 @@ def card_tags(args: argparse.Namespace) -> list[str]:
     return [family, f"{family}-diffusers"]
 
 
+# Copied from train_sap_lora_sd15.write_model_card
 def write_model_card(args: argparse.Namespace, pictures: list[Image.Image], prompt: str | None) -> None:
     """Write README.md, which the hub shows as the model's page, and the pictures it shows."""
     folder = Path(args.output_dir)
@@ -1536,7 +1555,7 @@ def write_model_card(args: argparse.Namespace, pictures: list[Image.Image], prom
 
 A LoRA of rank {args.rank} for {args.pretrained_model_name_or_path}, trained with [Semantic Anchoring
 Personalization]({PAPER}): {anchored if args.anchor_weight > 0 else "w = 0, without anchor"}.
-The text encoder was {"trained too" if args.train_text_encoder else "not trained"}.
+Text encoders: {"trained too" if args.train_text_encoder else "not trained"}.
 
 ## Use
 
@@ -1552,12 +1571,13 @@ image = pipeline.to("cuda")({(prompt or args.instance_prompt)!r}).images[0]
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
+# Copied from train_sap_lora_sd15.push
 def push(args: argparse.Namespace, repo_id: str) -> None:
     """Upload the LoRA, the card and its pictures; logs, checkpoints and anything else stay here."""
     upload_folder(
         repo_id=repo_id,
         folder_path=args.output_dir,
-        allow_patterns=[LORA_FILE, "README.md", "image_*.png"],
+        allow_patterns=["pytorch_lora_weights*.safetensors", "README.md", "image_*.png"],
         commit_message="SAP-LoRA",
         token=args.hub_token,
     )

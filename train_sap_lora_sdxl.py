@@ -110,11 +110,11 @@ BACKBONE_DEFAULTS = {"resolution": 1024, "learning_rate": 1e-4, "adam_weight_dec
 OUTPUT_DIR = "lora-dreambooth-model"
 TRACKER = "dreambooth-lora-sd-xl"
 CARD_LICENSE = "openrail++"
-CARD_TAGS = ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"]
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 STATE_FILE = "trainer_state.json"
+DORA_KEY = "lora_magnitude_vector"
 PAPER = "https://arxiv.org/abs/2511.22245"
 SECRETS = {"hub_token"}
 
@@ -274,7 +274,9 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 # Copied from train_sap_lora_sd15.parse_args
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the command line (`sys.argv` without `input_args`); a mistake ends in one sentence, status 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    usage = "accelerate launch %(prog)s --pretrained_model_name_or_path BASE --instance_data_dir FOLDER "
+    usage += '--instance_prompt "a photo of sks dog" --class_prompt "a photo of a dog" [more of the flags below]'
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add_model_arguments(parser)
     add_subject_arguments(parser)
     add_anchor_arguments(parser)
@@ -289,8 +291,8 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
         check_numbers(args)
         check_data_arguments(args)
         check_anchor_arguments(args)
-        check_training_arguments(args)
         check_backbone_arguments(args)
+        check_training_arguments(args)
     except UsageError as error:
         parser.error(str(error))
     return args
@@ -421,14 +423,18 @@ def adapters_disabled(model: torch.nn.Module) -> Iterator[None]:
         ValueError: for what the flag does not switch off: whole modules in the adapter (`modules_to_save`), merged
             adapters, or trained parameters outside of the adapter layers.
     """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    adapter_parts = {part for layer in layers for part in layer.adapter_layer_names}
-    if any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):
-        raise ValueError("the adapter holds whole modules (modules_to_save), which cannot be switched off")
-    if any(layer.merged for layer in layers):
-        raise ValueError("the adapter is merged into the weights: call unmerge_adapter() first")
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and adapter_parts.isdisjoint(name.split(".")):
+    layers, adapter_parts = [], set()
+    for name, module in model.named_modules():  # one walk, parents first: it takes milliseconds
+        if isinstance(module, BaseTunerLayer):
+            if module.merged:
+                raise ValueError(f"the adapter of {name} is merged into the weights: call unmerge_adapter() first")
+            layers.append(module)
+            adapter_parts.update(module.adapter_layer_names)
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            raise ValueError(f"the adapter holds all of {name} (modules_to_save), which cannot be switched off")
+        elif adapter_parts.isdisjoint(name.split(".")) and any(
+            p.requires_grad for p in module.parameters(recurse=False)
+        ):
             raise ValueError(f"{name} trains but is no adapter: without adapters this is not the pretrained model")
     before = [layer._disable_adapters for layer in layers]
     try:
@@ -785,7 +791,7 @@ class Run:
     args: argparse.Namespace
     accelerator: Accelerator
     images: SubjectImages
-    scheduler: DDPMScheduler | None = None
+    scheduler: SchedulerMixin | None = None
     text_pipeline: PIPELINE_CLASS | None = None
     embeddings: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)  # of each prompt
     sampling_inputs: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)
@@ -1031,7 +1037,7 @@ def add_adapters(run: Run) -> None:
         try:
             module.add_adapter(config)
         except ValueError as error:
-            raise UsageError(f"--lora_layers {args.lora_layers}: {error}") from error
+            raise UsageError(f"--lora_layers: {error}") from error
         cast_training_params(module, torch.float32)
         module.train()
 
@@ -1053,7 +1059,10 @@ def lora_layers(run: Run) -> dict[str, dict[str, torch.Tensor]]:
 # Copied from train_sap_lora_sd15.to_file_keys
 def to_file_keys(name: str, layers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Keys as upstream's files have them: `lora.down` and `lora.up`, `lora_linear_layer` in text encoders."""
-    return convert_state_dict_to_diffusers(layers)
+    layers = convert_state_dict_to_diffusers(layers)
+    if name in TRAINABLE_TEXT_ENCODERS:  # transformers looks for DoRA's magnitudes under another name than diffusers
+        return {key.replace(DORA_KEY, f"{DORA_KEY}.weight"): tensor for key, tensor in layers.items()}
+    return layers
 
 
 # Copied from train_sap_lora_sd15.write_lora
@@ -1102,6 +1111,7 @@ def read_lora(run: Run, folder: Path) -> None:
         if name == DENOISER:
             layers = convert_unet_state_dict_to_peft(layers)
         elif layers:
+            layers = {key.replace(f"{DORA_KEY}.weight", DORA_KEY): tensor for key, tensor in layers.items()}
             layers = convert_state_dict_to_peft(layers)
             if not hasattr(module, "text_model"):
                 layers = {key.removeprefix("text_model."): tensor for key, tensor in layers.items()}
@@ -1564,13 +1574,18 @@ def validate(run: Run, prompt: str, tag: str, step: int, **sampling: int) -> lis
     return pictures
 
 
+def card_tags(args: argparse.Namespace) -> list[str]:
+    """The hub's tags for this kind of base."""
+    return ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"]
+
+
 # Copied from train_sap_lora_sd15.write_model_card
 def write_model_card(args: argparse.Namespace, pictures: list[Image.Image], prompt: str | None) -> None:
     """Write README.md, which the hub shows as the model's page, and the pictures it shows."""
     folder = Path(args.output_dir)
     for i, picture in enumerate(pictures):
         picture.save(folder / f"image_{i}.png")
-    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *CARD_TAGS]
+    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *card_tags(args)]
     data = ModelCardData(
         base_model=args.pretrained_model_name_or_path,
         instance_prompt=args.instance_prompt,
@@ -1588,7 +1603,7 @@ def write_model_card(args: argparse.Namespace, pictures: list[Image.Image], prom
 
 A LoRA of rank {args.rank} for {args.pretrained_model_name_or_path}, trained with [Semantic Anchoring
 Personalization]({PAPER}): {anchored if args.anchor_weight > 0 else "w = 0, without anchor"}.
-The text encoder was {"trained too" if args.train_text_encoder else "not trained"}.
+Text encoders: {"trained too" if args.train_text_encoder else "not trained"}.
 
 ## Use
 
@@ -1610,7 +1625,7 @@ def push(args: argparse.Namespace, repo_id: str) -> None:
     upload_folder(
         repo_id=repo_id,
         folder_path=args.output_dir,
-        allow_patterns=[LORA_FILE, KOHYA_FILE, "README.md", "image_*.png"],
+        allow_patterns=["pytorch_lora_weights*.safetensors", "README.md", "image_*.png"],
         commit_message="SAP-LoRA",
         token=args.hub_token,
     )
