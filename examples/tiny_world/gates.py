@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--folder", type=pathlib.Path, default=train.HERE)
     parser.add_argument("--prompts", type=int, default=64, help="prompts a pipeline")
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance_scale", type=float, default=5.0)
+    parser.add_argument("--guidance_scale", type=float, default=4.0)
     parser.add_argument("--images", type=pathlib.Path, help="write the generated pictures of the last pipeline here")
     parser.add_argument("--report", type=pathlib.Path, help="also write the table to this file")
     return parser.parse_args()

@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import pathlib
+import string
 import time
 
 import numpy as np
@@ -45,6 +46,9 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionConfig,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
     ViTConfig,
     ViTImageProcessor,
     ViTModel,
@@ -142,6 +146,16 @@ def fit(args: argparse.Namespace, model: torch.nn.Module, loss_of, minutes: floa
     for parameter, mean in zip(parameters, average, strict=True):
         parameter.data.copy_(mean)
     return model.eval().requires_grad_(False)
+
+
+def save_half(model, folder: pathlib.Path) -> None:
+    """Write a model or a pipeline in fp16 that loads as float32 where no dtype is asked for.
+
+    transformers would load its parts as fp16 and diffusers its own as float32: a pipeline of both would not run.
+    """
+    model.to(torch.float16).save_pretrained(folder)
+    for config in folder.rglob("config.json"):
+        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def maybe_compile(args: argparse.Namespace, module):
@@ -390,7 +404,7 @@ def train_clip(args: argparse.Namespace) -> None:
         image_std=[0.5] * 3,
     )
     towers.second.save_pretrained(args.work / "second_text_tower")
-    towers.clip.half().save_pretrained(args.out / "clip")
+    save_half(towers.clip, args.out / "clip")
     CLIPProcessor(processor, tokenizer).save_pretrained(args.out / "clip")
 
 
@@ -447,7 +461,7 @@ def train_vit(args: argparse.Namespace) -> None:
         return loss + 2 * contrastive_loss(first, second, torch.eye(len(picks), dtype=torch.bool, device=args.device))
 
     fit(args, model, loss_of, args.minutes, lr=1e-3, ema_decay=0.998)
-    vit.half().save_pretrained(args.out / "vit")
+    save_half(vit, args.out / "vit")
     size = {"height": world.SIZE, "width": world.SIZE}
     ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(args.out / "vit")
 
@@ -504,9 +518,9 @@ def stratified(count: int, generator: torch.Generator) -> torch.Tensor:
 class JointAttentionWithBias:
     """SD3's joint attention, with `attention_mask` added to the scores of the text tokens.
 
-    Without a T5 encoder the SD3 pipelines append N zero tokens to the prompt (N is `max_sequence_length`). They have
-    no positions and stay equal to each other in every layer, so one token with log N added to its scores stands for
-    all of them, exactly, at a fraction of the cost.
+    The T5 here says nothing, so the pipeline appends N zero tokens to the prompt (N is `max_sequence_length`). They
+    have no positions and stay equal to each other in every layer, so one token with log N added to its scores stands
+    for all of them, exactly, at a fraction of the cost.
     """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
@@ -534,6 +548,31 @@ def new_transformer() -> SD3Transformer2DModel:
         pooled_projection_dim=2 * EMBEDDING,
         pos_embed_max_size=16,
     )
+
+
+def silent_t5(width: int) -> tuple[T5Tokenizer, T5EncoderModel]:
+    """A T5 encoder that says nothing: its last norm multiplies by zero.
+
+    So the pipeline is what it would be without T5 (zero tokens), and yet loads with no argument: diffusers refuses an
+    SD3 folder without a third encoder unless the caller passes `text_encoder_3=None, tokenizer_3=None`.
+    """
+    letters = [(letter, -4.0) for letter in string.ascii_lowercase]
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -4.0), *letters]
+    tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
+    encoder = T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=width,
+            d_kv=8,
+            d_ff=8,
+            num_layers=1,
+            num_heads=1,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    torch.nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
+    return tokenizer, encoder.eval()
 
 
 def train_sd3(args: argparse.Namespace) -> None:
@@ -567,6 +606,7 @@ def train_sd3(args: argparse.Namespace) -> None:
 
     fit(args, transformer, loss_of, args.minutes, lr=1e-3, ema_decay=0.999)
     transformer.set_attn_processor(standard)
+    tokenizer_3, text_encoder_3 = silent_t5(transformer.config.joint_attention_dim)
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -575,10 +615,10 @@ def train_sd3(args: argparse.Namespace) -> None:
         tokenizer=prompts.tokenizer,
         text_encoder_2=prompts.towers[1],
         tokenizer_2=prompts.tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
     )
-    pipeline.to(torch.float16).save_pretrained(args.out / "sd3")
+    save_half(pipeline, args.out / "sd3")
 
 
 def new_unet(cross_attention_dim: int, **options) -> UNet2DConditionModel:
@@ -642,7 +682,7 @@ def train_sd15(args: argparse.Namespace) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.to(torch.float16).save_pretrained(args.out / "sd15")
+    save_half(pipeline, args.out / "sd15")
 
 
 def reframed(image: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, list[int]]:
@@ -713,7 +753,7 @@ def train_sdxl(args: argparse.Namespace) -> None:
         force_zeros_for_empty_prompt=False,
         add_watermarker=False,
     )
-    pipeline.to(torch.float16).save_pretrained(args.out / "sdxl")
+    save_half(pipeline, args.out / "sdxl")
 
 
 def write_dataset(args: argparse.Namespace) -> None:
@@ -737,8 +777,8 @@ PARTS = {
     "clip": (train_clip, 5, 64),
     "vit": (train_vit, 4.5, 64),
     "sd3": (train_sd3, 20, 32),
-    "sd15": (train_sd15, 20, 32),
-    "sdxl": (train_sdxl, 13, 32),
+    "sd15": (train_sd15, 40, 32),
+    "sdxl": (train_sdxl, 12, 32),
     "dataset": (write_dataset, 0, 0),
 }
 

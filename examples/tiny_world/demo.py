@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Personalise a tiny pipeline twice, without and with the semantic anchor, and show the difference.
+
+    python demo.py                    # make demo
+    python demo.py --backbone sd15    # make demo BACKBONE=sd15
+
+The trainer at the root of the repository is run as it is, through `accelerate launch`, with one seed for both weights.
+Writes grid.png (pictures), curves.png (both terms of the loss) and the two LoRA folders to outputs/demo/.
+"""
+
+import argparse
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import gates
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+import train
+import world
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import CLIPModel, CLIPProcessor
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first: there may be no display)
+
+ROOT = train.HERE.parents[1]
+WEIGHTS = {"w = 0": 0.0, "w = 0.5": 0.5}
+# The trainer measures the anchor distance only where it has a weight. This one changes nothing else: it is below the
+# rounding of the loss.
+MEASURE_ONLY = 1e-12
+TRAINING = {
+    "sd15": {"max_train_steps": 400, "learning_rate": 2e-3},
+    "sdxl": {"max_train_steps": 400, "learning_rate": 2e-3},
+    "sd3": {"max_train_steps": 400, "learning_rate": 2e-3},
+}
+SHARED = {"resolution": world.SIZE, "train_batch_size": 4, "rank": 16, "checkpointing_steps": 100000}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", choices=list(TRAINING), default="sd3")
+    parser.add_argument("--subject", choices=list(world.SUBJECTS), default="star")
+    parser.add_argument("--steps", type=int, help="training steps of each run; by default the backbone's own")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=int, default=4, help="pictures a prompt; the first is shown, all are scored")
+    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--models", type=pathlib.Path, default=train.HERE, help="folder of the shipped models")
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "outputs" / "demo")
+    return parser.parse_args()
+
+
+def train_lora(args: argparse.Namespace, weight: float, out: pathlib.Path) -> None:
+    """One run of the trainer, as a user would start it."""
+    kind = world.SUBJECTS[args.subject].class_name
+    options = SHARED | TRAINING[args.backbone]
+    options |= {
+        "pretrained_model_name_or_path": args.models / args.backbone,
+        "instance_data_dir": args.models / "dataset" / args.subject,
+        "instance_prompt": f"a photo of sks {kind}",
+        "class_prompt": f"a photo of a {kind}",
+        "anchor_weight": weight or MEASURE_ONLY,
+        "seed": args.seed,
+        "output_dir": out,
+    }
+    if args.steps:
+        options["max_train_steps"] = args.steps
+    shutil.rmtree(out, ignore_errors=True)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    script = ROOT / f"train_sap_lora_{args.backbone}.py"
+    print(f"\naccelerate launch {script.name} {' '.join(flags)} --skip_final_inference", flush=True)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run([*launch, str(script), *flags, "--skip_final_inference"], check=True, env=environment)
+
+
+def new_scenes(args: argparse.Namespace) -> dict[str, int]:
+    """Prompt with {} for the subject -> scene index, for all scenes that no reference was taken in."""
+    seen = world.SUBJECT_SCENES[args.subject]
+    return {f"a photo of {{}} {phrase}": i for i, (s, phrase) in enumerate(world.SCENES.items()) if s not in seen}
+
+
+@torch.no_grad()
+def sample(args: argparse.Namespace, pipeline, subject: str) -> list[np.ndarray]:
+    """Pictures of `subject` in the new scenes, the same noise for every model: one (images, 64, 64, 3) a prompt."""
+    options = {"max_sequence_length": 77} if args.backbone == "sd3" else {}  # as in training
+    columns = []
+    for number, prompt in enumerate(new_scenes(args)):
+        pictures = pipeline(
+            prompt.format(subject),
+            height=world.SIZE,
+            width=world.SIZE,
+            num_inference_steps=20,
+            guidance_scale=args.guidance_scale,
+            num_images_per_prompt=args.images,
+            generator=torch.Generator("cpu").manual_seed(args.seed + number),
+            **options,
+        ).images
+        columns.append(np.stack([np.asarray(picture) for picture in pictures]))
+    return columns
+
+
+class Scores:
+    """Subject fidelity (ViT), text alignment (CLIP) and the share of right scenes (attribute network)."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.prompts = new_scenes(args)
+        self.class_name = "a " + world.SUBJECTS[args.subject].class_name
+        self.identity = gates.Identity(args.models, "cpu")
+        self.attributes = train.load_attributes(args.models, "cpu")
+        self.clip = CLIPModel.from_pretrained(args.models / "clip", dtype=torch.float32)
+        self.processor = CLIPProcessor.from_pretrained(args.models / "clip")
+        self.references = self.identity(list(references(args)))
+
+    @torch.no_grad()
+    def __call__(self, columns: list[np.ndarray]) -> tuple[float, float, float]:
+        fidelity = [(self.identity(list(images)) @ self.references.T).mean().item() for images in columns]
+        alignment, right = [], []
+        for (prompt, scene), images in zip(self.prompts.items(), columns, strict=True):
+            texts = [prompt.format(self.class_name)]
+            inputs = self.processor(text=texts, images=list(images), padding=True, return_tensors="pt")
+            output = self.clip(**inputs)
+            alignment.append(F.cosine_similarity(output.image_embeds, output.text_embeds).mean().item())
+            guesses = self.attributes(gates.to_tensor(images, "cpu"))[list(world.ATTRIBUTES).index("scene")]
+            right.append((guesses.argmax(1) == scene).float().mean().item())
+        return float(np.mean(fidelity)), float(np.mean(alignment)), float(np.mean(right))
+
+
+def references(args: argparse.Namespace) -> list[np.ndarray]:
+    files = sorted((args.models / "dataset" / args.subject).glob("*.png"))
+    return [np.asarray(Image.open(file).convert("RGB")) for file in files]
+
+
+def logged(folder: pathlib.Path, tag: str) -> np.ndarray:
+    """A scalar that the trainer logged to TensorBoard, one value a step."""
+    for file in folder.glob("logs/**/events.out.tfevents*"):
+        events = EventAccumulator(str(file.parent), size_guidance={"scalars": 0}).Reload()
+        if tag in events.Tags()["scalars"]:
+            return np.array([event.value for event in events.Scalars(tag)])
+    raise FileNotFoundError(f"no {tag} in the logs under {folder}")
+
+
+def draw_grid(args: argparse.Namespace, rows: dict[str, list[np.ndarray]]) -> None:
+    """grid.png: the references above, then one row a model and one column a prompt."""
+    titles = list(new_scenes(args))
+    pictures = [("references", references(args))] + [(n, [images[0] for images in c]) for n, c in rows.items()]
+    figure, axes = plt.subplots(len(pictures), len(titles), figsize=(1.7 * len(titles), 1.85 * len(pictures)))
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for line, (name, images) in enumerate(pictures):
+        for column, image in enumerate(images[: len(titles)]):
+            axes[line, column].imshow(image, interpolation="nearest")
+            if line:
+                axes[line, column].set_title(titles[column].split("{} ")[1], fontsize=9)
+        axes[line, 0].text(-0.08, 0.5, name, transform=axes[line, 0].transAxes, ha="right", va="center", fontsize=10)
+    figure.subplots_adjust(left=0.16, right=0.99, top=0.98, bottom=0.01, wspace=0.04, hspace=0.2)
+    figure.savefig(args.out / "grid.png", dpi=110)
+
+
+def smooth(values: np.ndarray, window: int = 25) -> np.ndarray:
+    window = min(window, len(values))
+    return np.convolve(values, np.ones(window) / window, mode="valid")
+
+
+def draw_curves(args: argparse.Namespace) -> dict[str, float]:
+    """curves.png: both terms over the steps. Returns each run's drift: the anchor distance in its last quarter."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    drift = {}
+    for name in WEIGHTS:
+        terms = [logged(args.out / name.replace(" ", ""), f"loss/{term}") for term in ("reconstruction", "anchor")]
+        for axis, values in zip(axes, terms, strict=True):
+            axis.plot(smooth(values), label=name)
+        drift[name] = float(terms[1][-max(1, len(terms[1]) // 4) :].mean())
+    for axis, title in zip(axes, ("reconstruction of the references", "distance to the anchor (drift)"), strict=True):
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[1].legend()
+    figure.tight_layout()
+    figure.savefig(args.out / "curves.png", dpi=110)
+    return drift
+
+
+def print_table(rows: dict[str, tuple], drift: dict[str, float]) -> None:
+    print(f"\n{'':<24}{'subject fidelity':>18}{'text alignment':>16}{'scenes right':>14}{'drift':>9}")
+    for name, scores in rows.items():
+        numbers = "".join(f"{value:{width}.3f}" for value, width in zip(scores, (18, 16, 14), strict=True))
+        print(f"{name:<24}{numbers}{drift.get(name, 0.0):9.4f}")
+
+
+def main() -> None:
+    args = parse_args()
+    kind = world.SUBJECTS[args.subject].class_name
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, weight in WEIGHTS.items():
+        train_lora(args, weight, args.out / name.replace(" ", ""))
+    pipeline = gates.PIPELINES[args.backbone].from_pretrained(args.models / args.backbone)
+    pipeline.set_progress_bar_config(disable=True)
+    print("\nsampling", flush=True)
+    rows = {f'base model, "a {kind}"': sample(args, pipeline, f"a {kind}")}
+    for name in WEIGHTS:
+        pipeline.load_lora_weights(args.out / name.replace(" ", ""))
+        rows[name] = sample(args, pipeline, f"sks {kind}")
+        pipeline.unload_lora_weights()
+    scores = Scores(args)
+    draw_grid(args, rows)
+    print_table({name: scores(columns) for name, columns in rows.items()}, draw_curves(args))
+    print(f"\nOpen {args.out / 'grid.png'}\nand  {args.out / 'curves.png'}")
+
+
+if __name__ == "__main__":
+    main()
