@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-# make test: the tests; make lint: style; make copies: what the scripts share, from train_sap_lora_sd15.py to the others.
+# make demo [BACKBONE=sd15|sdxl|sd3]: train on the tiny world; make test: the tests; make lint: style;
+# make copies: bring what the scripts share from train_sap_lora_sd15.py to the others.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: environment test lint copies clean
+BACKBONE ?= sd3
+
+.PHONY: demo environment test lint copies clean
 
 environment: $(VENV)/installed
 
@@ -12,6 +15,9 @@ $(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --requirement requirements-dev.txt --constraint constraints.txt
 	touch $@
+
+demo: environment
+	$(RUN) examples/tiny_world/demo.py --backbone $(BACKBONE)
 
 test: environment
 	$(RUN) -m pytest
