@@ -117,6 +117,20 @@ def test_a_broken_caption_line_is_named(line, tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["00.txt", "metadata.jsonl"])
+def test_captions_in_another_encoding_are_named(name, tmp_path):
+    tiny_pipelines.save_photos(tmp_path, count=1)
+    (tmp_path / name).write_bytes("süß".encode("latin-1"))
+    with pytest.raises(sap.UsageError, match=f"{name} is not UTF-8"):
+        load(tmp_path)
+
+
+def test_captions_with_the_mark_of_windows(tmp_path):
+    tiny_pipelines.save_photos(tmp_path, count=1)
+    (tmp_path / "00.txt").write_text("sks süß", encoding="utf-8-sig")
+    assert load(tmp_path).captions == ["sks süß"]
+
+
 def test_a_caption_without_the_subject_token_is_quoted(captioned):
     with pytest.raises(sap.UsageError, match='"sks dog in the snow" does not hold the word "photo"'):
         load(captioned, "--subject_token=photo")

@@ -415,6 +415,12 @@ def test_an_upload_holds_the_lora_the_card_and_its_pictures(sd15, photos, tmp_pa
         assert path.is_dir() or b"hf_secret" not in path.read_bytes(), path
 
 
+def test_a_hub_that_refuses_stops_the_run_before_it_starts(sd15, photos, tmp_path):
+    with pytest.raises(sap.UsageError, match="--push_to_hub: "):  # HF_HUB_OFFLINE is set
+        train(SCRIPT, flags(sd15, photos, tmp_path, "--push_to_hub", "--hub_token=hf_secret"))
+    assert not (tmp_path / LORA_FILE).exists()
+
+
 def test_the_lora_is_written_before_anything_that_can_fail(sd15, photos, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise MemoryError
