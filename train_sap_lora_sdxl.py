@@ -567,6 +567,19 @@ def list_image_files(folder: Path) -> tuple[list[Path], list[str]]:
     return files, skipped
 
 
+# Copied from train_sap_lora_sd15.read_text
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with or without the mark that Windows puts before it.
+
+    Raises:
+        UsageError: if it is in another encoding.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text: save it as UTF-8") from error
+
+
 # Copied from train_sap_lora_sd15.read_captions
 def read_captions(folder: Path, files: Sequence[Path], field: str) -> list[str | None]:
     """A caption for each file, from `metadata.jsonl` (`file_name` and `field`) or from NAME.txt beside NAME.jpg.
@@ -574,10 +587,10 @@ def read_captions(folder: Path, files: Sequence[Path], field: str) -> list[str |
     Raises:
         UsageError: for a line that is not of that form, or names a file that is not there.
     """
-    captions = {path: path.with_suffix(".txt").read_text(encoding="utf-8").strip()
-                for path in files if path.with_suffix(".txt").is_file()}  # fmt: skip
+    text_files = {path: path.with_suffix(".txt") for path in files}
+    captions = {path: read_text(text_file).strip() for path, text_file in text_files.items() if text_file.is_file()}
     metadata = folder / "metadata.jsonl"
-    lines = metadata.read_text(encoding="utf-8").splitlines() if metadata.is_file() else []
+    lines = read_text(metadata).split("\n") if metadata.is_file() else []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -1619,6 +1632,21 @@ image = pipeline.to("cuda")({(prompt or args.instance_prompt)!r}).images[0]
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
+# Copied from train_sap_lora_sd15.open_repo
+def open_repo(args: argparse.Namespace) -> str:
+    """Make the hub repository if it is not there, before the training that it is for; returns its name.
+
+    Raises:
+        UsageError: if the hub refuses or cannot be reached.
+    """
+    try:
+        return create_repo(
+            args.hub_model_id or Path(args.output_dir).name, exist_ok=True, token=args.hub_token
+        ).repo_id
+    except OSError as error:  # of the network, a missing token, a refusal: huggingface_hub derives them all from this
+        raise UsageError(f"--push_to_hub: {str(error).splitlines()[0]}; try `hf auth login`") from error
+
+
 # Copied from train_sap_lora_sd15.push
 def push(args: argparse.Namespace, repo_id: str) -> None:
     """Upload the LoRA, the card and its pictures; logs, checkpoints and anything else stay here."""
@@ -1733,10 +1761,7 @@ def main(args: argparse.Namespace) -> None:
     args.seed = choose_seed(args, state)
     images = load_subject_images(args)
     plan(args, images, accelerator.num_processes)
-    repo_id = None
-    if args.push_to_hub and accelerator.is_main_process:
-        name = args.hub_model_id or Path(args.output_dir).name
-        repo_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+    repo_id = open_repo(args) if args.push_to_hub and accelerator.is_main_process else None
 
     run = Run(args, accelerator, images)
     for stage in (encode_texts, encode_images, load_denoiser, add_adapters):
