@@ -63,6 +63,20 @@ def test_a_whole_run(sd15, photos, tmp_path):
     assert "Steps:" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("base", "folder", "more"),
+    [
+        ("sd15", "captioned", ["--train_text_encoder", "--subject_token=sks"]),
+        ("sd15", "photos", ["--train_batch_size=2", "--gradient_accumulation_steps=2", "--mixed_precision=bf16"]),
+        ("sd21", "photos", ["--aspect_ratio_buckets=64,64;64,72", "--dataloader_num_workers=1"]),
+    ],
+)
+def test_runs_through_the_launcher(base, folder, more, request, tmp_path):
+    base, folder = request.getfixturevalue(base), request.getfixturevalue(folder)
+    launch(SCRIPT, flags(base, folder, tmp_path, *more))
+    assert np.abs(picture(base) - picture(base, tmp_path)).max() > 0.001
+
+
 def test_two_ranks_agree_and_draw_different_noise(sd15, photos, tmp_path):
     more = ["--train_text_encoder", "--gradient_accumulation_steps=2", "--report_to=tensorboard"]
     probe = tmp_path / "probe.py"
