@@ -11,6 +11,7 @@ Writes grid.png (pictures), curves.png (both terms of the loss) and the two LoRA
 import argparse
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,7 @@ MEASURE_ONLY = 1e-12
 TRAINING = {
     "sd15": {"max_train_steps": 400, "learning_rate": 2e-3},
     "sdxl": {"max_train_steps": 400, "learning_rate": 2e-3},
-    "sd3": {"max_train_steps": 400, "learning_rate": 2e-3},
+    "sd3": {"max_train_steps": 800, "learning_rate": 2e-3},
 }
 SHARED = {"resolution": world.SIZE, "train_batch_size": 4, "rank": 16, "checkpointing_steps": 100000}
 
@@ -45,18 +46,18 @@ SHARED = {"resolution": world.SIZE, "train_batch_size": 4, "rank": 16, "checkpoi
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", choices=list(TRAINING), default="sd3")
-    parser.add_argument("--subject", choices=list(world.SUBJECTS), default="star")
+    parser.add_argument("--subject", choices=list(world.SUBJECTS), default="ball")
     parser.add_argument("--steps", type=int, help="training steps of each run; by default the backbone's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=4, help="pictures a prompt; the first is shown, all are scored")
-    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--models", type=pathlib.Path, default=train.HERE, help="folder of the shipped models")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "outputs" / "demo")
     return parser.parse_args()
 
 
-def train_lora(args: argparse.Namespace, weight: float, out: pathlib.Path) -> None:
-    """One run of the trainer, as a user would start it."""
+def command(args: argparse.Namespace, weight: float, out: pathlib.Path) -> list[str]:
+    """The trainer's command line, as a user would write it."""
     kind = world.SUBJECTS[args.subject].class_name
     options = SHARED | TRAINING[args.backbone]
     options |= {
@@ -70,14 +71,26 @@ def train_lora(args: argparse.Namespace, weight: float, out: pathlib.Path) -> No
     }
     if args.steps:
         options["max_train_steps"] = args.steps
-    shutil.rmtree(out, ignore_errors=True)
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    return [f"train_sap_lora_{args.backbone}.py", *flags, "--skip_final_inference"]
+
+
+def train_loras(args: argparse.Namespace) -> None:
+    """Both runs side by side, one CPU core each; the first shows its progress, the second writes it to a file."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    script = ROOT / f"train_sap_lora_{args.backbone}.py"
-    print(f"\naccelerate launch {script.name} {' '.join(flags)} --skip_final_inference", flush=True)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    subprocess.run([*launch, str(script), *flags, "--skip_final_inference"], check=True, env=environment)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    runs = []
+    for name, weight in WEIGHTS.items():
+        out = args.out / name.replace(" ", "")
+        shutil.rmtree(out, ignore_errors=True)
+        arguments = command(args, weight, out)
+        print("\naccelerate launch", shlex.join(arguments), flush=True)
+        log = (args.out / f"{out.name}.log").open("w") if runs else None
+        runs.append(subprocess.Popen([*launch, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log))
+    for run in runs:
+        if run.wait():
+            raise SystemExit(f"training failed; see above and the logs in {args.out}")
 
 
 def new_scenes(args: argparse.Namespace) -> dict[str, int]:
@@ -197,8 +210,7 @@ def main() -> None:
     args = parse_args()
     kind = world.SUBJECTS[args.subject].class_name
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, weight in WEIGHTS.items():
-        train_lora(args, weight, args.out / name.replace(" ", ""))
+    train_loras(args)
     pipeline = gates.PIPELINES[args.backbone].from_pretrained(args.models / args.backbone)
     pipeline.set_progress_bar_config(disable=True)
     print("\nsampling", flush=True)
