@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scripts share code by copying it; these tests make the copies a law."""
 
+import re
+
 import copies
 import pytest
 
@@ -31,6 +33,16 @@ def test_identical_functions_are_marked(script):
 @others
 def test_the_method_is_shared(script):
     assert set(METHOD) <= set(copies.marked(TEXTS[script]))
+
+
+@pytest.mark.parametrize("script", TEXTS)
+def test_the_header_of_a_script_asks_for_what_requirements_ask_for(script):
+    header = re.search(r"^# /// script\n(.*?)^# ///$", TEXTS[script], re.DOTALL | re.MULTILINE).group(1)
+    header = "".join(line.removeprefix("#").removeprefix(" ") for line in header.splitlines(keepends=True))
+    asked = re.findall(r'^    ["\'](.+)["\'],$', header, re.MULTILINE)
+    lines = (copies.ROOT / "requirements.txt").read_text().splitlines()
+    wanted = [line.replace('"', "'") for line in lines if line and not line.startswith("#")]
+    assert sorted(asked) == sorted(wanted)
 
 
 def test_a_changed_copy_is_found_and_mended():
