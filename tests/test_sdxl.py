@@ -249,12 +249,17 @@ def test_min_snr_cannot_go_with_edm(bases, photos, tmp_path, capsys, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("process", "sampler"),
-    zip(PROCESSES, [DPMSolverMultistepScheduler] * 2 + [EulerDiscreteScheduler] * 2
-        + [EDMDPMSolverMultistepScheduler, EDMEulerScheduler], strict=True),
-)  # fmt: skip
-def test_validation_draws_what_the_pipeline_draws(process, sampler, bases, photos, tmp_path):
-    base, more = process
+    ("base", "more", "sampler"),
+    [
+        ("eps", [], DPMSolverMultistepScheduler),
+        ("v", [], DPMSolverMultistepScheduler),
+        ("eps", ["--do_edm_style_training"], EulerDiscreteScheduler),
+        ("v", ["--do_edm_style_training"], EulerDiscreteScheduler),
+        ("playground", [], EDMDPMSolverMultistepScheduler),
+        ("edm_v", [], EDMEulerScheduler),
+    ],
+)
+def test_validation_draws_what_the_pipeline_draws(base, more, sampler, bases, photos, tmp_path):
     more = [f"--validation_prompt={PROMPT}", "--num_validation_images=1", *more]
     _, run = make_run(SCRIPT, flags(bases[base], photos, tmp_path, *more))
     pipeline = load_pipeline(bases[base])
