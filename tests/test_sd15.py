@@ -252,6 +252,14 @@ def test_other_optimizers(optimizer, sd15, photos, tmp_path):
     assert any(tensor.abs().max() > 0 for key, tensor in lora(tmp_path).items() if ".up." in key)
 
 
+def test_gradients_are_clipped(sd15, photos, tmp_path):
+    largest = {}
+    for norm in ("1", "1e-10"):
+        train(SCRIPT, flags(sd15, photos, tmp_path / norm, f"--max_grad_norm={norm}", "--adam_weight_decay=0"))
+        largest[norm] = max(tensor.abs().max() for key, tensor in lora(tmp_path / norm).items() if ".up." in key)
+    assert largest["1e-10"] < 0.1 * largest["1"]  # far below Adam's epsilon
+
+
 def test_rates_and_decay_of_the_parts(sd15, photos, tmp_path):
     more = ["--train_text_encoder", "--learning_rate=3e-4", "--text_encoder_lr=2e-6", "--adam_weight_decay=0.1"]
     _, run = make_run(SCRIPT, flags(sd15, photos, tmp_path, *more))
