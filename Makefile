@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# make demo [BACKBONE=sd15|sdxl|sd3]: train on the tiny world; make test: the tests; make lint: style;
+# make demo [BACKBONE=sd15|sdxl|sd3]: train on the tiny world; make test: the tests; make test-slow: those that take
+# hours; make lint: style;
 # make copies: bring what the scripts share from train_sap_lora_sd15.py to the others.
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,11 +8,11 @@ RUN := $(VENV)/bin/python
 
 BACKBONE ?= sd3
 
-.PHONY: demo environment test lint copies clean
+.PHONY: demo environment test test-slow lint copies clean
 
 environment: $(VENV)/installed
 
-$(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
+$(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt examples/dreambench/requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --requirement requirements-dev.txt --constraint constraints.txt
 	touch $@
@@ -20,7 +21,10 @@ demo: environment
 	$(RUN) examples/tiny_world/demo.py --backbone $(BACKBONE)
 
 test: environment
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses auto -m "not slow"
+
+test-slow: environment
+	$(RUN) -m pytest --numprocesses auto -m slow
 
 lint: environment
 	$(RUN) -m ruff check .
