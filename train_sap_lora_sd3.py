@@ -127,10 +127,13 @@ class UsageError(ValueError):
 
 # Copied from train_sap_lora_sd15.HelpFormatter
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of a flag where it has one."""
+    """Shows the default of a flag where it has one, and what kind of value it takes."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X", boolean: "BOOL"}.get(action.type, "TEXT")
 
 
 # Copied from train_sap_lora_sd15.boolean
@@ -146,9 +149,25 @@ def boolean(text: str) -> bool:
 boolean.__name__ = "bool"  # argparse puts it into its message: invalid bool value
 
 
+# Copied from train_sap_lora_sd15.add_first_arguments
+def add_first_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("start here").add_argument
+    add("--pretrained_model_name_or_path", required=True, type=str, help="Base pipeline: hub name or local folder.")
+    add("--instance_data_dir", type=str, help="Folder of pictures, captions in metadata.jsonl or NAME.txt.")
+    add("--instance_prompt", required=True, type=str, help='Subject prompt, such as "a photo of sks dog".')
+    add("--class_prompt", type=str, help='Anchor prompt: the same sentence for the class, "a photo of a dog".')
+    add("--anchor_weight", type=float, default=0.5, help="w of the objective; 0 is plain DreamBooth-LoRA.")
+    add("--resolution", type=int, help="Edge in pixels of the square that pictures are resized and cropped to.")
+    add("--train_batch_size", type=int, default=4, help="Samples a device in one micro-step.")
+    add("--max_train_steps", type=int, help="Optimizer steps in all (default: as --num_train_epochs says).")
+    add("--learning_rate", type=float, help="Learning rate after warm-up.")
+    add("--mixed_precision", type=str, choices=["no", "fp16", "bf16"], help="Default: as accelerate is configured.")
+    add("--validation_prompt", type=str, help="Prompt of pictures made during training and at its end.")
+    add("--output_dir", type=str, default=OUTPUT_DIR, help="Folder of the LoRA, the checkpoints and the logs.")
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, type=str, help="Base pipeline: hub name or local folder.")
     add("--revision", type=str, help="Branch, tag or commit of the base pipeline on the hub.")
     add("--variant", type=str, help="File variant of the base weights, such as fp16.")
     add("--max_sequence_length", type=int, default=77, help="Tokens T5 reads of a prompt, at most 512.")
@@ -167,15 +186,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 # Copied from train_sap_lora_sd15.add_subject_arguments
 def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("subject: pictures and captions").add_argument
-    add("--instance_data_dir", type=str, help="Folder of pictures, captions in metadata.jsonl or NAME.txt.")
-    add("--instance_prompt", required=True, type=str, help='Subject prompt, such as "a photo of sks dog".')
     add("--dataset_name", type=str, help="A `datasets` dataset of the pictures instead of a folder: hub name or path.")
     add("--dataset_config_name", type=str, help="Configuration of that dataset.")
     add("--image_column", type=str, default="image", help="Column that holds the pictures.")
     add("--caption_column", type=str, help="Column, or metadata.jsonl field, that holds a caption for each picture.")
     add("--cache_dir", type=str, help="Where `datasets` keeps what it downloads.")
     add("--repeats", type=int, default=1, help="How often each picture counts in one epoch.")
-    add("--resolution", type=int, help="Edge in pixels of the square that pictures are resized and cropped to.")
     add("--center_crop", action="store_true", help="Crop the middle instead of a random place.")
     add("--random_flip", action="store_true", help="Mirror each picture with probability 1/2.")
     add("--aspect_ratio_buckets", type=str, help='Sizes "h,w;h,w;..." instead of a square; the nearest one is taken.')
@@ -188,8 +204,6 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
 # Copied from train_sap_lora_sd15.add_anchor_arguments
 def add_anchor_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("semantic anchor").add_argument
-    add("--class_prompt", type=str, help='Anchor prompt: the same sentence for the class, "a photo of a dog".')
-    add("--anchor_weight", type=float, default=0.5, help="w of the objective; 0 is plain DreamBooth-LoRA.")
     add("--subject_token", type=str, help="Word of the subject: anchor captions are the captions without it.")
     add("--class_token", type=str, help="Word that replaces --subject_token in anchor captions (default: nothing).")
     add("--anchor_source", default="pretrained", choices=["pretrained", "finetuned"],
@@ -219,12 +233,9 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
 # Copied from train_sap_lora_sd15.add_training_arguments
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
-    add("--max_train_steps", type=int, help="Optimizer steps in all; goes before --num_train_epochs.")
     add("--num_train_epochs", type=int, default=1, help="Epochs, where --max_train_steps is not given.")
-    add("--train_batch_size", type=int, default=4, help="Samples a device in one micro-step.")
     add("--gradient_accumulation_steps", type=int, default=1, help="Micro-steps in one optimizer step.")
     add("--seed", type=int, help="Makes the run reproducible (default: drawn and told).")
-    add("--mixed_precision", type=str, choices=["no", "fp16", "bf16"], help="Default: as accelerate is configured.")
     add("--gradient_checkpointing", action="store_true", help="Save memory in the denoiser for time.")
     add("--snr_gamma", type=float, help="Min-SNR weighting of both loss terms, 5.0 in its paper (arXiv 2303.09556).")
     add("--allow_tf32", action="store_true", help="Let Ampere and newer GPUs multiply in TF32.")
@@ -236,7 +247,6 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 # Copied from train_sap_lora_sd15.add_optimizer_arguments
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("optimizer").add_argument
-    add("--learning_rate", type=float, help="Learning rate after warm-up.")
     add("--text_encoder_lr", type=float, default=5e-6, help="Learning rate of the text encoder's LoRA.")
     add("--scale_lr", action="store_true", help="Multiply the rate by accumulation, batch size and processes.")
     add("--lr_scheduler", type=str, default="constant", help=f"One of {', '.join(s.value for s in SchedulerType)}.")
@@ -260,9 +270,7 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
 # Copied from train_sap_lora_sd15.add_output_arguments
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output: validation, checkpoints, logs, hub").add_argument
-    add("--output_dir", type=str, default=OUTPUT_DIR, help="Folder of the LoRA, the checkpoints and the logs.")
     add("--output_kohya_format", action="store_true", help="Also write the LoRA with the keys of kohya's tools.")
-    add("--validation_prompt", type=str, help="Prompt of pictures made during training and at its end.")
     add("--num_validation_images", type=int, default=4, help="How many of them.")
     add("--validation_epochs", type=int, default=50, help="Every how many epochs.")
     add("--validation_steps", type=int, help="Every how many optimizer steps, instead of epochs.")
@@ -284,6 +292,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     usage = "accelerate launch %(prog)s --pretrained_model_name_or_path BASE --instance_data_dir FOLDER "
     usage += '--instance_prompt "a photo of sks dog" --class_prompt "a photo of a dog" [more of the flags below]'
     parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
+    add_first_arguments(parser)
     add_model_arguments(parser)
     add_subject_arguments(parser)
     add_anchor_arguments(parser)
