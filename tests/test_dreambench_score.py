@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of generated images, the table of methods with its ranks, and the report page."""
+
+import csv
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoImageProcessor, CLIPModel, CLIPProcessor, ViTModel
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "examples" / "dreambench"
+WORLD = ROOT / "examples" / "tiny_world"
+DATA = WORLD / "dataset"
+
+sys.path.insert(0, str(FOLDER))
+import benchmark  # noqa: E402
+import evaluate  # noqa: E402
+import table  # noqa: E402
+
+sys.path.remove(str(FOLDER))
+
+TWO_LISTS = """Classes
+
+subject_name,class
+mug,mug
+bear_toy,stuffed animal
+rex,dog
+
+Prompts
+
+Object Prompts
+
+prompt_list = [
+'a {0} {1} on a shelf'.format(unique_token, class_token),
+'a {0} {1} beside a lamp'.format(unique_token, class_token)
+]
+
+Live Subject Prompts
+
+prompt_list = [
+'a {0} {1} asleep'.format(unique_token, class_token),
+]
+"""
+
+
+# --- The benchmark's files ----------------------------------------------------------------------------------------
+
+
+def written(folder: Path, text: str) -> benchmark.Benchmark:
+    (folder / "prompts_and_classes.txt").write_text(text)
+    return benchmark.read_benchmark(folder)
+
+
+def test_cats_and_dogs_have_the_live_prompts_and_the_token_is_dropped(tmp_path):
+    read = written(tmp_path, TWO_LISTS)
+    assert read.classes == {"mug": "mug", "bear_toy": "stuffed animal", "rex": "dog"}
+    assert read.prompts("bear_toy") == ["a stuffed animal on a shelf", "a stuffed animal beside a lamp"]
+    assert read.prompts("rex") == ["a dog asleep"]
+    assert read.prompts("mug", "sks")[0] == "a sks mug on a shelf"
+
+
+@pytest.mark.parametrize("heading", ["Object Prompts", "Live Subject Prompts", "Prompts"])
+def test_one_list_is_for_all(tmp_path, heading):
+    before = TWO_LISTS.split("Object Prompts")[0]
+    read = written(tmp_path, f"{before}{heading}\nprompt_list = [\n'a {{0}} {{1}} at sea'\n]\n")
+    assert read.prompts("rex") == ["a dog at sea"] and read.prompts("mug") == ["a mug at sea"]
+
+
+def test_nothing_in_the_file_is_executed(tmp_path):
+    code = f"[\n'a {{0}} {{1}}'.format(open({str(tmp_path / 'made')!r}, 'w'), 2)\n]"
+    read = written(tmp_path, TWO_LISTS.split("Object Prompts")[0] + "prompt_list = " + code + "\n")
+    assert not (tmp_path / "made").exists() and read.prompts("mug")[0] == "a mug"
+
+
+def test_only_subjects_with_references_are_listed(tmp_path):
+    read = written(tmp_path, TWO_LISTS)
+    assert read.subjects() == []
+    (tmp_path / "rex").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "rex" / "1.jpg")
+    (tmp_path / "rex" / ".2.jpg").write_text("hidden")
+    assert read.subjects() == ["rex"] and [file.name for file in read.references("rex")] == ["1.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "no table of classes"),
+        (TWO_LISTS.split("Prompts")[0], "no prompts"),
+        (TWO_LISTS.replace("shelf'", "shelf"), "not a Python list"),
+    ],
+)
+def test_a_text_file_that_cannot_be_understood(tmp_path, text, says):
+    with pytest.raises(ValueError, match=says):
+        written(tmp_path, text)
+
+
+# --- Scores -------------------------------------------------------------------------------------------------------
+
+
+def command(images: Path, results: Path, *more: str, data: Path = DATA) -> list[str]:
+    models = [f"--clip_model={WORLD / 'clip'}", f"--dino_model={WORLD / 'vit'}", "--num_workers=1", *more]
+    return [f"--data_dir={data}", f"--images_dir={images}", f"--output_dir={results}", *models]
+
+
+def score(*arguments, **options) -> dict:
+    """Run evaluate.py in this process; its scores.json."""
+    args = evaluate.parse_args(command(*arguments, **options))
+    evaluate.main(args)
+    return json.loads((args.output_dir / "scores.json").read_text())
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """Two methods on two subjects and two prompts: "copies" of the references, and "noise"."""
+    folder, rng = tmp_path / "images", np.random.default_rng(0)
+    for subject in ("ball", "fish"):
+        for index in (0, 3):
+            for method in ("copies", "noise"):
+                (folder / method / subject / str(index)).mkdir(parents=True)
+            shutil.copy(DATA / subject / "00.png", folder / "copies" / subject / str(index) / "0.png")
+            pixels = Image.fromarray(rng.integers(0, 256, (80, 64, 3), dtype=np.uint8))
+            pixels.save(folder / "noise" / subject / str(index) / "0.jpg")
+    return folder
+
+
+def read_rows(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+@torch.no_grad()
+def expected(file: Path, subject: str, prompt: str) -> list[float]:
+    """CLIP-I, CLIP-T and DINO of one image, every pair by itself."""
+    clip, processor = CLIPModel.from_pretrained(WORLD / "clip"), CLIPProcessor.from_pretrained(WORLD / "clip")
+    references = [Image.open(path).convert("RGB") for path in sorted((DATA / subject).glob("*.png"))]
+    pictures = [Image.open(file).convert("RGB"), *references]
+    output = clip(**processor(text=[prompt], images=pictures, return_tensors="pt"))
+    vit, vit_processor = ViTModel.from_pretrained(WORLD / "vit"), AutoImageProcessor.from_pretrained(WORLD / "vit")
+    features = vit(**vit_processor(images=pictures, return_tensors="pt")).last_hidden_state[:, 0]
+    identity = [F.cosine_similarity(features[0], other, dim=0).item() for other in features[1:]]
+    likeness = [F.cosine_similarity(output.image_embeds[0], other, dim=0).item() for other in output.image_embeds[1:]]
+    text = F.cosine_similarity(output.image_embeds[0], output.text_embeds[0], dim=0).item()
+    return [np.mean(likeness), text, np.mean(identity)]
+
+
+def test_scores_are_mean_cosines_over_pairs(images, tmp_path):
+    scores = score(images, tmp_path / "results", "--batch_size=3")
+    rows = read_rows(tmp_path / "results" / "images.csv")
+    assert len(rows) == 8
+    for row in (rows[1], rows[-1]):
+        prompt = f"a photo of {row['subject']} in the night sky"
+        assert row["prompt_index"] == "3" and row["prompt"] == prompt
+        values = [float(row[metric]) for metric in evaluate.METRICS]
+        assert values == pytest.approx(expected(images / row["file"], row["subject"], prompt), abs=2e-5)
+    for method, entry in scores["methods"].items():
+        for metric in evaluate.METRICS:
+            own = {
+                s: [float(r[metric]) for r in rows if (r["method"], r["subject"]) == (method, s)]
+                for s in entry["subjects"]
+            }
+            means = {subject: np.mean(values) for subject, values in own.items()}
+            assert {s: v[metric] for s, v in entry["subjects"].items()} == pytest.approx(means, abs=1e-6)
+            assert entry[metric]["mean"] == pytest.approx(np.mean(list(means.values())), abs=2e-6)
+            assert entry[metric]["low"] <= entry[metric]["mean"] <= entry[metric]["high"]
+    copies, noise = scores["methods"]["copies"], scores["methods"]["noise"]
+    assert copies["dino"]["mean"] > noise["dino"]["mean"] + 0.2
+    assert copies["clip_i"]["mean"] > noise["clip_i"]["mean"] + 0.2
+    assert scores["metrics"]["clip_model"] == str(WORLD / "clip")
+
+
+def test_tables_repeat_the_json_and_tags_come_from_the_manifest(images, tmp_path):
+    tags = {"backbone": "sd3", "w": 0.5, "seed": 1}
+    (images / "noise" / "manifest.json").write_text(json.dumps({"method": "noise", "tags": tags, "images": []}))
+    scores = score(images, tmp_path / "results")
+    assert scores["methods"]["noise"]["tags"] == tags and scores["methods"]["copies"]["tags"] == {}
+    for row in read_rows(tmp_path / "results" / "scores.csv"):
+        entry = scores["methods"][row["method"]]
+        assert (row["images"], row["subjects"]) == ("4", "2")
+        assert [float(row["dino"]), float(row["dino_high"])] == [entry["dino"]["mean"], entry["dino"]["high"]]
+    for row in read_rows(tmp_path / "results" / "subjects.csv"):
+        assert float(row["clip_t"]) == scores["methods"][row["method"]]["subjects"][row["subject"]]["clip_t"]
+    assert table.read_methods([tmp_path / "results" / "scores.csv"])[0].means == {
+        metric: scores["methods"]["copies"][metric]["mean"] for metric in evaluate.METRICS
+    }
+
+
+def test_what_is_scored_is_not_scored_again(images, tmp_path, monkeypatch):
+    first, scored = score(images, tmp_path / "results"), []
+    original = evaluate.score_batch
+
+    def spy(clip, dino, batch, *rest):
+        scored.extend(picture.file for picture in batch)
+        return original(clip, dino, batch, *rest)
+
+    monkeypatch.setattr(evaluate, "score_batch", spy)
+    assert score(images, tmp_path / "results") == first and scored == []
+    os.utime(images / "noise" / "fish" / "3" / "0.jpg", ns=(1, 1))
+    assert score(images, tmp_path / "results") == first and scored == ["noise/fish/3/0.jpg"]
+    score(images, tmp_path / "results", "--methods", "copies", "--token_text=a")
+    assert len(scored) == 5 and all(file.startswith("copies") for file in scored[1:])
+    rows = read_rows(tmp_path / "results" / "images.csv")
+    assert [row["prompt"].split()[3] for row in rows] == ["a"] * 4 + ["ball", "ball", "fish", "fish"]
+
+
+def test_an_interrupted_run_goes_on(images, tmp_path, monkeypatch):
+    undisturbed = score(images, tmp_path / "undisturbed")
+    original, calls = evaluate.score_batch, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "score_batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            score(images, tmp_path / "results", "--batch_size=2")
+    part = tmp_path / "results" / "images.part0.csv"
+    part.write_text(part.read_text()[:-9])  # the fourth line was half written
+    seen = []
+    monkeypatch.setattr(evaluate, "score_batch", lambda *rest: seen.extend(rest[2]) or original(*rest))
+    assert score(images, tmp_path / "results") == undisturbed
+    assert len(seen) == 5 and not part.exists()
+
+
+def test_two_processes_score_as_one(images, tmp_path):
+    alone = score(images, tmp_path / "alone")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    arguments = [*launcher, str(FOLDER / "evaluate.py"), *command(images, tmp_path / "two")]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("8 images, 8 to score") == 1
+    assert json.loads((tmp_path / "two" / "scores.json").read_text()) == alone
+    assert read_rows(tmp_path / "two" / "images.csv") == read_rows(tmp_path / "alone" / "images.csv")
+
+
+def test_methods_with_other_images_are_pointed_out(images, tmp_path, capsys):
+    score(images, tmp_path / "results")
+    assert "note:" not in capsys.readouterr().out
+    shutil.rmtree(images / "noise" / "fish")
+    score(images, tmp_path / "results")
+    said = capsys.readouterr().out
+    assert "subjects and images: copies 2 and 4, noise 1 and 2" in said and "no width" in said
+
+
+def test_intervals_are_those_of_a_mean_over_subjects():
+    values = np.random.default_rng(1).normal([0.0, 5.0], [1.0, 2.0], (400, 2))
+    low, high = evaluate.bootstrap(values, 4000, seed=0)
+    assert np.allclose(high - low, 2 * 1.96 * values.std(0) / 20, rtol=0.08)
+    assert np.allclose((high + low) / 2, values.mean(0), atol=0.03)
+    again = evaluate.bootstrap(values, 4000, seed=0)
+    assert np.array_equal(low, again[0]) and not np.array_equal(low, evaluate.bootstrap(values, 4000, seed=1)[0])
+
+
+def test_imagenet_preparation_keeps_the_aspect_and_crops_the_centre():
+    wide = np.zeros((100, 300, 3), dtype=np.uint8)
+    wide[:, 100:200] = 255  # the middle third, which is 256 wide when the short side is
+    pixels = evaluate.imagenet_pixels(Image.fromarray(wide))
+    assert pixels.shape == (3, 224, 224) and pixels.dtype == torch.float32
+    white = (1 - torch.tensor(evaluate.IMAGENET_MEAN)) / torch.tensor(evaluate.IMAGENET_STD)
+    torch.testing.assert_close(pixels, white[:, None, None].expand(3, 224, 224))
+    rows = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 256, 1).repeat(3, 2)
+    red = evaluate.imagenet_pixels(Image.fromarray(rows))[0] * evaluate.IMAGENET_STD[0] + evaluate.IMAGENET_MEAN[0]
+    torch.testing.assert_close(red[:, 0] * 255, torch.arange(16.0, 240.0))
+
+
+@pytest.mark.parametrize(
+    ("mean", "size", "chosen"), [(0.485, 224, "imagenet"), (0.5, 224, "model"), (0.485, 64, "model")]
+)
+def test_preprocessing_follows_the_model(tmp_path, images, mean, size, chosen):
+    model = shutil.copytree(WORLD / "vit", tmp_path / "vit")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"image_size": size}))
+    processor = json.loads((model / "preprocessor_config.json").read_text())
+    processor |= {"image_mean": [mean, 0.456 if mean < 0.5 else 0.5, 0.406 if mean < 0.5 else 0.5]}
+    (model / "preprocessor_config.json").write_text(json.dumps(processor))
+    args = evaluate.parse_args(command(images, tmp_path / "results", f"--dino_model={model}"))
+    assert args.dino_preprocessing == chosen
+
+
+def empty(images: Path) -> None:
+    for folder in images.iterdir():
+        shutil.rmtree(folder)
+
+
+def stranger(images: Path) -> None:
+    (images / "noise" / "fish").rename(images / "noise" / "whale")
+
+
+def out_of_range(images: Path) -> None:
+    (images / "noise" / "fish" / "3").rename(images / "noise" / "fish" / "12")
+
+
+def no_index(images: Path) -> None:
+    (images / "noise" / "fish" / "3").rename(images / "noise" / "fish" / "beach")
+
+
+def no_image(images: Path) -> None:
+    (images / "noise" / "fish" / "3" / "0.jpg").write_text("nothing")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "more", "says"),
+    [
+        (empty, [], "no images in"),
+        (stranger, [], "no subject of this name"),
+        (out_of_range, [], "fish has prompts 0 to 11"),
+        (no_index, [], "not a prompt's index"),
+        (no_image, [], "0.jpg is not an image"),
+        (None, ["--methods", "nobody"], "no images in"),
+        (None, ["--prompts_file=nowhere.txt"], "nowhere.txt is not there"),
+        (None, ["--clip_model=/nowhere"], "--clip_model /nowhere cannot be read"),
+        (None, [f"--clip_model={WORLD / 'vit'}"], "must be a CLIP model"),
+        (None, ["--batch_size=0"], "--batch_size must be at least 1"),
+    ],
+)
+def test_bad_input_gets_one_sentence(images, tmp_path, capsys, spoil, more, says):
+    if spoil:
+        spoil(images)
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.parse_args(command(images, tmp_path / "results", *more))
+    assert exit_.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_subject_without_references(images, tmp_path, capsys):
+    (tmp_path / "data" / "ball").mkdir(parents=True)
+    shutil.copy(DATA / "prompts_and_classes.txt", tmp_path / "data")
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(command(images, tmp_path / "results", data=tmp_path / "data"))
+    assert "no references to compare with" in capsys.readouterr().err
+
+
+def test_a_damaged_image_ends_the_run_with_its_name(images, tmp_path, monkeypatch, capsys):
+    file = images / "noise" / "fish" / "3" / "0.jpg"
+    file.write_bytes(file.read_bytes()[:1500])
+    arguments = command(images, tmp_path / "results", "--batch_size=1")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    monkeypatch.syspath_prepend(FOLDER)
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(FOLDER / "evaluate.py"), run_name="__main__")
+    assert exit_.value.code == 2 and f"{file} is damaged" in capsys.readouterr().err
+    file.unlink()
+    assert len(evaluate.known_rows(evaluate.parse_args(arguments))) == 7  # those before it are kept
+
+
+# --- The table ----------------------------------------------------------------------------------------------------
+
+# The paper's printed numbers: method, CLIP-I, CLIP-T, DINO, rank.
+TABLE_1 = """Ours .7821 .3059 .6031 1 | DreamBooth (FT) .7751 .3035 .5870 4 | DreamBooth .7302 .3191 .4839 6
+SuDe .7791 .3044 .5931 3 | SVDiff .7455 .3162 .5144 5 | Textual Inversion .7579 .2633 .5287 8
+Custom Diffusion .6479 .3154 .5568 7 | IP-Adapter .8311 .2646 .6290 2 | BLIP-Diffusion .7016 .2949 .4544 9"""
+TABLE_2 = {
+    "SD1.5": "DreamBooth .7302 .3191 .4839 2 | Beyond-Finetuning .7293 .3212 .4786 3 | Ours .7821 .3059 .6031 1",
+    "SDXL": "DreamBooth .7939 .3107 .6586 2 | Beyond-Finetuning .7874 .3140 .6429 3 | Ours .8005 .3154 .6661 1",
+    "SD3": "DreamBooth .7465 .3182 .5130 2 | Beyond-Finetuning .7461 .3211 .4997 3 | Ours .7579 .3187 .5679 1",
+}
+
+
+def printed(text: str, group: str = "") -> tuple[list[str], list[str]]:
+    """Lines of the CSV that table.py reads, and the ranks that the paper prints."""
+    rows = [row.strip().rsplit(" ", 4) for row in text.replace("\n", "|").split("|")]
+    return [",".join([group, *row[:4]]) for row in rows], [row[4] for row in rows]
+
+
+def write_table(file: Path, lines: list[str]) -> Path:
+    file.write_text("\n".join(["group,method,clip_i,clip_t,dino", *lines]) + "\n")
+    return file
+
+
+def test_the_papers_first_table_comes_out(tmp_path):
+    lines, ranks = printed(TABLE_1)
+    assert table.rank_labels(table.read_methods([write_table(tmp_path / "1.csv", lines)])) == ranks
+
+
+def test_the_papers_second_table_comes_out_but_for_a_tie(tmp_path):
+    tables = {backbone: printed(text, backbone) for backbone, text in TABLE_2.items()}
+    file = write_table(tmp_path / "2.csv", [line for lines, _ in tables.values() for line in lines])
+    labels = {name: table.rank_labels(rows) for name, rows in table.groups(table.read_methods([file])).items()}
+    assert labels["SD1.5"] == tables["SD1.5"][1]
+    assert labels["SDXL"] == tables["SDXL"][1]
+    assert tables["SD3"][1] == ["2", "3", "1"] and labels["SD3"] == ["2=", "2=", "1"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=8))
+def test_places_are_those_of_a_race(values):
+    assert table.places(values).tolist() == [sorted(values).index(value) + 1 for value in values]
+
+
+def method(name: str, *means: float, **tags) -> table.Method:
+    return table.Method(name, dict(zip(table.METRICS, means, strict=True)), tags=tags)
+
+
+def test_what_looks_equal_shares_a_place():
+    rows = [method("a", 0.5, 0.31234, 0.6), method("b", 0.5, 0.31232, 0.6), method("c", 0.4, 0.2, 0.1)]
+    assert table.rank_labels(rows) == ["1=", "1=", "3"]
+
+
+def test_markdown_and_latex_have_the_same_cells():
+    rows = [method("50%_a|b", 0.5, 0.3, -0.06), method("c", 0.4, 0.35, 0.1)]
+    lines = table.markdown(rows, intervals=False).splitlines()
+    assert lines[2] == r"| 50%_a\|b | **.5000** | .3000 | -.0600 | 1.67 | 2 |"
+    assert lines[3] == "| c | .4000 | **.3500** | **.1000** | 1.33 | 1 |"
+    assert r"50\%\_a|b & \textbf{.5000} & .3000 & -.0600 & 1.67 & 2 \\" in table.latex(rows, intervals=False)
+
+
+def test_seeds_are_merged_into_a_mean_with_its_spread():
+    rows = [method(f"sd15-w0.5-seed{s}", 0.5 + s / 10, 0.3, 0.6, backbone="sd15", w=0.5, seed=s) for s in (0, 1, 2)]
+    rows += [method("sd15-w0-seed0", 0.9, 0.2, 0.7, backbone="sd15", w=0, seed=0), method("base", 0.1, 0.4, 0.2)]
+    merged = table.merge_seeds(rows)
+    assert [row.name for row in merged] == ["sd15-w0.5 (3 seeds)", "sd15-w0-seed0", "base"]
+    assert merged[0].means["clip_i"] == pytest.approx(0.6) and merged[0].spreads["clip_i"] == "± .1000"
+    assert "**.6000** ± .1000" not in table.markdown(merged, True) and ".6000 ± .1000" in table.markdown(merged, True)
+
+
+def test_scores_and_printed_numbers_stand_side_by_side(images, tmp_path, capsys):
+    score(images, tmp_path / "results")
+    others = write_table(tmp_path / "printed.csv", [",others,.5,.3,.6"])
+    files = [str(tmp_path / "results" / "scores.json"), str(others)]
+    table.main(table.parse_args([*files, "--intervals", f"--output={tmp_path / 'out' / 'table.md'}"]))
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines] == ["method", "---", "copies", "noise", "others"]
+    assert lines[2].count("[") == 3 and lines[4].count("[") == 0
+    capsys.readouterr()
+    table.main(table.parse_args([*files, "--methods", "others", "noise", "--format=latex"]))
+    printed_rows = [line.split(" & ")[0] for line in capsys.readouterr().out.splitlines() if " & " in line]
+    assert printed_rows == ["Method", "others", "noise"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("a.csv", "method,clip_i\nx,1\n", "needs the columns"),
+        ("a.csv", "method,clip_i,clip_t,dino\nx,1,-,2\n", "needs the columns"),
+        ("a.csv", "method,clip_i,clip_t,dino\nx,1,1,2\nx,1,1,2\n", "x comes twice"),
+        ("a.json", "{}", "not a scores.json"),
+        ("a.json", "[", "not a scores.json"),
+    ],
+)
+def test_tables_that_cannot_be_read(tmp_path, capsys, name, text, says):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as exit_:
+        table.parse_args([str(tmp_path / name)])
+    assert exit_.value.code == 2 and says in capsys.readouterr().err
