@@ -5,7 +5,7 @@
 #     "accelerate>=1.10",
 #     "bitsandbytes>=0.45; sys_platform != 'darwin'",
 #     "datasets>=4.0",
-#     "diffusers>=0.42",
+#     "diffusers>=0.41",
 #     "huggingface_hub>=1.0",
 #     "peft>=0.18",
 #     "pillow>=10.1",
