@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of generated images, the table of methods with its ranks, and the report page."""
 
+import base64
 import csv
+import io
 import json
 import os
 import runpy
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -27,6 +31,7 @@ DATA = WORLD / "dataset"
 sys.path.insert(0, str(FOLDER))
 import benchmark  # noqa: E402
 import evaluate  # noqa: E402
+import report  # noqa: E402
 import table  # noqa: E402
 
 sys.path.remove(str(FOLDER))
@@ -254,7 +259,7 @@ def test_methods_with_other_images_are_pointed_out(images, tmp_path, capsys):
     shutil.rmtree(images / "noise" / "fish")
     score(images, tmp_path / "results")
     said = capsys.readouterr().out
-    assert "subjects and images: copies 2 and 4, noise 1 and 2" in said and "no width" in said
+    assert "4 images of 2 subjects: copies; 2 images of 1 subjects: noise" in said and "no width" in said
 
 
 def test_intervals_are_those_of_a_mean_over_subjects():
@@ -457,3 +462,241 @@ def test_tables_that_cannot_be_read(tmp_path, capsys, name, text, says):
     with pytest.raises(SystemExit) as exit_:
         table.parse_args([str(tmp_path / name)])
     assert exit_.value.code == 2 and says in capsys.readouterr().err
+
+
+# --- The report ---------------------------------------------------------------------------------------------------
+
+VOID = {"img", "input", "link", "meta", "br"}
+
+
+class Page(HTMLParser):
+    """The elements of a page: each a dict of its tag, attributes, text and parents, outermost first."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.elements = [], []
+        self.feed(text)
+        assert self.open == [], "elements are not closed"
+
+    def handle_starttag(self, tag, attributes):
+        element = {"tag": tag, "text": "", "parents": list(self.open), **dict(attributes)}
+        self.elements.append(element)
+        if tag not in VOID:
+            self.open.append(element)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()["tag"] == tag
+
+    def handle_data(self, data):
+        for element in self.open:
+            element["text"] += data
+
+    def all(self, tag: str, **attributes) -> list[dict]:
+        """Elements of a kind; an attribute given as True must be there, whatever its value."""
+
+        def matches(element: dict) -> bool:
+            wanted = ((name.replace("_", "-"), value) for name, value in attributes.items())
+            return all(name in element if value is True else element.get(name) == value for name, value in wanted)
+
+        return [element for element in self.elements if element["tag"] == tag and matches(element)]
+
+    def visible(self, elements: list[dict]) -> list[dict]:
+        return [one for one in elements if not any("hidden" in part for part in (one, *one["parents"]))]
+
+    def pictures(self) -> list[dict]:
+        """Visible images of methods, not references or plots."""
+        return self.visible([one for one in self.all("img") if any("data-method" in p for p in one["parents"])])
+
+
+@pytest.fixture
+def scores(images, tmp_path) -> Path:
+    """scores.json as evaluate.py writes it, for the images."""
+    interval = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    entry = {"tags": {}, "images": 4, **dict.fromkeys(evaluate.METRICS, interval)}
+    entry["subjects"] = {name: dict.fromkeys(evaluate.METRICS, 0.25) for name in ("ball", "fish")}
+    methods = {"copies": entry | {"tags": {"w": 0.0}}, "noise": entry | {"tags": {"w": 0.5}}}
+    file = tmp_path / "scores.json"
+    file.write_text(json.dumps({"metrics": {"clip_model": "some clip"}, "methods": methods}))
+    return file
+
+
+def report_command(scores: Path, images: Path, output: Path, *more: str) -> list[str]:
+    return [str(scores), *more, f"--images_dir={images}", f"--data_dir={DATA}", f"--output={output}"]
+
+
+def write_report(*arguments) -> Page:
+    args = report.parse_args(report_command(*arguments))
+    report.main(args)
+    return Page(args.output.read_text())
+
+
+def test_the_page_shows_table_plots_and_grids(scores, images, tmp_path):
+    page = write_report(scores, images, tmp_path / "pages" / "report.html", "--intervals")
+    assert [row["text"].split()[0] for row in page.all("tr")][:3] == ["Method", "copies", "noise"]
+    assert page.all("span", **{"class": "spread"})[0]["text"] == "[.4000, .6000]"
+    assert [section["data-subject"] for section in page.all("section", data_subject=True)] == ["ball", "fish"]
+    heads = [head["text"] for head in page.all("th", data_prompt=True)]
+    assert heads == [
+        f"a photo of {s} {where}" for s in ("ball", "fish") for where in ("on the grass", "in the night sky")
+    ]
+    rows = page.all("tr", data_method=True)
+    assert [row["data-method"] for row in rows] == ["copies", "noise"] * 2 and ".2500" in rows[0]["text"]
+    pictures = page.pictures()
+    assert [picture["alt"] for picture in pictures] == [heads[i] for i in (0, 1, 0, 1, 2, 3, 2, 3)]
+    assert len(page.all("img", alt="reference 5 of fish")) == 1 and "some clip" in page.all("header")[0]["text"]
+    plots = [plot["src"] for plot in page.all("img") if plot["src"].startswith("data:image/svg+xml")]
+    assert len(plots) == 2 and plots[0] != plots[1]
+
+
+def test_the_page_stands_alone(scores, images, tmp_path):
+    page = write_report(scores, images, tmp_path / "report.html")
+    assert all(element["src"].startswith("data:") for element in page.elements if "src" in element)
+    assert not [element for element in page.elements if "href" in element or element["tag"] in ("link", "iframe")]
+    assert "url(" not in page.all("style")[0]["text"] and "@import" not in page.all("style")[0]["text"]
+
+
+def test_the_page_can_be_read_aloud(scores, images, tmp_path):
+    page = write_report(scores, images, tmp_path / "report.html")
+    assert page.all("html", lang="en") and all(picture["alt"] for picture in page.all("img"))
+    controls = [*page.all("select"), *page.all("input")]
+    assert len(controls) == 4
+    assert all(any(part["tag"] == "label" and part["text"].strip() for part in c["parents"]) for c in controls)
+    ids = [element["id"] for element in page.elements if "id" in element]
+    named = [element["aria-labelledby"] for element in page.elements if "aria-labelledby" in element]
+    assert len(ids) == len(set(ids)) and set(named) <= set(ids)
+    assert all(head["scope"] in ("row", "col", "rowgroup") for head in page.all("th"))
+
+
+def test_links_lead_to_the_files(scores, images, tmp_path):
+    renamed = images.rename(tmp_path / "my images #1")
+    page = write_report(scores, renamed, tmp_path / "pages" / "report.html", "--link", "--images_per_prompt=2")
+    files = [tmp_path / "pages" / unquote(picture["src"]) for picture in page.pictures()]
+    assert len(files) == 8 and all(file.is_file() and file.resolve().is_relative_to(renamed) for file in files)
+    assert [link["href"] for link in page.all("a")] == [picture["src"] for picture in page.pictures()]
+
+
+def test_embedded_images_are_small(scores, images, tmp_path):
+    Image.effect_noise((900, 600), 80).save(images / "noise" / "ball" / "0" / "0.jpg")
+    pictures = write_report(scores, images, tmp_path / "report.html", "--thumbnail=90").pictures()
+    sizes = {report.Image.open(io.BytesIO(base64.b64decode(p["src"].split(",")[1]))).size for p in pictures}
+    assert sizes == {(64, 64), (64, 80), (90, 60)}  # reduced, never enlarged
+
+
+def test_names_cannot_become_markup(scores, images, tmp_path):
+    name = "<script>alert('&\"')</script>".replace("/", "\u2215")
+    (images / "noise").rename(images / name)
+    scores.write_text(scores.read_text().replace('"noise"', json.dumps(name)))
+    page = write_report(scores, images, tmp_path / "report.html", "--title=<i>a</i>")
+    assert len(page.all("script")) == 1 and not page.all("i")
+    assert [row["data-method"] for row in page.all("tr", data_method=True)][1] == name
+
+
+def test_what_was_not_made_leaves_a_gap(scores, images, tmp_path):
+    shutil.rmtree(images / "noise" / "fish" / "3")
+    shutil.rmtree(images / "noise" / "ball")
+    page = write_report(scores, images, tmp_path / "report.html", "--subjects", "fish", "ball")
+    assert [section["data-subject"] for section in page.all("section", data_subject=True)] == ["fish", "ball"]
+    rows = page.all("tr", data_method=True)
+    assert [row["data-method"] for row in rows] == ["copies", "noise", "copies"]
+    assert [row["text"].count("no image") for row in rows] == [0, 1, 0]
+
+
+def test_given_figures_and_printed_numbers(scores, images, tmp_path):
+    figure = tmp_path / "drift_over_steps.png"
+    Image.new("RGB", (4, 4)).save(figure)
+    printed_numbers = write_table(tmp_path / "printed.csv", [",others,.5,.3,.6"])
+    page = write_report(scores, images, tmp_path / "report.html", str(printed_numbers), f"--figures={figure}")
+    assert [caption["text"] for caption in page.all("figcaption")] == ["drift over steps"]
+    assert [head["text"].split()[0] for head in page.all("th", scope="row")[:3]] == ["copies", "noise", "others"]
+    assert len(page.all("input", name="method")) == 2  # nobody's images are missing, there are only numbers
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--subjects", "star"], "no images of star"),
+        (["--methods", "nobody"], "no nobody here"),
+        (["--figures", "nowhere.png"], "nowhere.png is not there"),
+        (["elsewhere.csv"], "elsewhere.csv is not there"),
+        (["--methods", "copies", "--images_per_prompt=0"], "--images_per_prompt must be at least 1"),
+        (["--thumbnail=0"], "--thumbnail must be at least 1"),
+    ],
+)
+def test_reports_that_cannot_be_written(scores, images, tmp_path, capsys, more, says):
+    with pytest.raises(SystemExit) as exit_:
+        report.parse_args(report_command(scores, images, tmp_path / "report.html", *more))
+    assert exit_.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_a_report_without_images(scores, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        report.parse_args(report_command(scores, tmp_path / "nowhere", tmp_path / "report.html"))
+    assert exit_.value.code == 2 and "has no images of the methods" in capsys.readouterr().err
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture
+def browse(scores, images, tmp_path):
+    """The page as chromium has it after its scripts ran, with a hash in its address and perhaps a script more."""
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    write_report(scores, images, tmp_path / "report.html")
+
+    def open_page(fragment: str = "", script: str = "", width: int | None = None) -> Page:
+        text = (tmp_path / "report.html").read_text()
+        opened = tmp_path / "opened.html"
+        opened.write_text(text.replace("</body>", f"<script>{script}</script></body>"))
+        if width:  # chromium's window is never narrower than 500 pixels, a frame can be; the script reports to it
+            listen = "onmessage = (event) => Object.assign(document.body.dataset, event.data)"
+            frame = f'<body><script>{listen}</script><iframe src="opened.html" width="{width}" height="3000"></iframe>'
+            opened = tmp_path / "frame.html"
+            opened.write_text(f"<!doctype html><html>{frame}</body></html>")
+        options = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-sync"
+        options += " disable-component-update dump-dom virtual-time-budget=2000 window-size=1280,3000"
+        command = [CHROMIUM, "--headless", *(f"--{option}" for option in options.split())]
+        command += [f"--user-data-dir={tmp_path / 'profile'}", opened.as_uri() + fragment]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
+        return Page(result.stdout)
+
+    return open_page
+
+
+def test_the_address_filters_the_page(browse):
+    page = browse("#subject=fish&prompt=Sky+night&method=copies")
+    assert [picture["alt"] for picture in page.pictures()] == ["a photo of fish in the night sky"]
+    assert len(page.visible(page.all("th", data_prompt=True))) == 1
+    assert page.all("output")[0]["text"] == "1 image"
+    assert "hidden" not in page.all("form")[0] and "(1)" in page.all("summary")[0]["text"]
+
+
+def test_the_form_writes_the_address(browse):
+    script = """
+      const field = document.querySelector("[name=prompt]");
+      field.value = "grass";
+      field.dispatchEvent(new Event("input", {bubbles: true}));
+      addEventListener("hashchange", () => { document.body.dataset.address = location.hash; });
+    """
+    page = browse("", script)
+    assert page.all("body")[0]["data-address"] == "#prompt=grass"
+    assert [picture["alt"].split()[-1] for picture in page.pictures()] == ["grass"] * 4
+    assert page.all("output")[0]["text"] == "4 images"
+
+
+def test_a_phone_scrolls_within_the_grid_only(browse, images):
+    script = """
+      const area = document.querySelector(".grid").parentElement;
+      area.scrollLeft = 30;
+      const name = area.querySelector("tbody th").getBoundingClientRect().left;
+      parent.postMessage({
+        width: innerWidth,
+        beyond: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+        scrolled: area.scrollLeft,
+        name: name - area.getBoundingClientRect().left,
+      }, "*");
+    """
+    body = browse(script=script, width=300).all("body")[0]
+    assert body["data-width"] == "300" and body["data-beyond"] == "0"
+    assert body["data-scrolled"] == "30" and body["data-name"] == "0"

@@ -390,11 +390,12 @@ def notes(pictures: list[Picture], methods: dict) -> Iterator[str]:
     for picture in pictures:
         counts[picture.method][picture.subject, picture.prompt_index] += 1
     if len({frozenset(count.items()) for count in counts.values()}) > 1:
-        sizes = (f"{m} {len(methods[m]['subjects'])} and {count.total()}" for m, count in counts.items())
-        yield (
-            "the methods differ in subjects, prompts or number of images, so compare with care; "
-            f"subjects and images: {', '.join(sizes)}"
-        )
+        sizes: dict[str, list[str]] = {}
+        for method, count in counts.items():
+            size = f"{count.total()} images of {len(methods[method]['subjects'])} subjects"
+            sizes.setdefault(size, []).append(method)
+        sets = "; ".join(f"{size}: {', '.join(names)}" for size, names in sizes.items())
+        yield f"the methods differ in subjects, prompts or number of images, so compare with care: {sets}"
     if any(len(entry["subjects"]) == 1 for entry in methods.values()):
         yield "an interval over one subject has no width and says nothing"
 

@@ -25,36 +25,59 @@ METRICS = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "dino": "DINO"}
 
 @dataclass(frozen=True)
 class Method:
-    """A row: the three means, perhaps what follows each of them in brackets, and the group it is ranked in."""
+    """The three means, perhaps the spread of each, each subject's scores, and the group it is ranked in."""
 
     name: str
     means: dict[str, float]
     spreads: dict[str, str] = field(default_factory=dict)
     group: str = ""
     tags: dict = field(default_factory=dict)
+    subjects: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A cell: four decimals, whether no other is higher, and what stands behind it."""
+
+    text: str
+    best: bool
+    spread: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method as the table shows it, its scores in the order of METRICS."""
+
+    name: str
+    scores: list[Score]
+    average: str
+    rank: str
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--format", choices=FORMATS, default="markdown", help="of the table; latex needs booktabs")
+    parser.add_argument("--output", type=Path, help="write to this file instead of the screen")
+    add_arguments(parser)
+    args = parser.parse_args(arguments)
+    try:
+        methods = choose(read_methods(args.scores, args.group_by), args.methods)
+    except ValueError as error:
+        parser.error(str(error))
+    args.rows = merge_seeds(methods) if args.merge_seeds else methods
+    return args
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which methods stand in the table, and how; the report has the same table."""
     add = parser.add_argument
     add("scores", nargs="+", type=Path, help="scores.json of evaluate.py, or CSV: method,clip_i,clip_t,dino[,group]")
-    add("--format", choices=FORMATS, default="markdown", help="of the table; latex needs the package booktabs")
-    add("--output", type=Path, help="write to this file instead of the screen")
     add("--methods", nargs="+", metavar="METHOD", help="only these, in this order")
     add("--group_by", metavar="TAG", help="rank within methods that have the same value of this tag, e.g. backbone")
     add(
         "--merge_seeds", action="store_true", help="one row for methods whose tags differ in the seed only: their mean"
     )
     add("--intervals", action="store_true", help="show 95 %% intervals; for merged seeds the standard deviation")
-    args = parser.parse_args(arguments)
-    try:
-        args.rows = read_methods(args.scores, args.group_by)
-        if args.merge_seeds:
-            args.rows = merge_seeds(args.rows)
-        args.rows = choose(args.rows, args.methods)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
 
 
 def read_methods(files: Sequence[Path], group_by: str | None = None) -> list[Method]:
@@ -84,6 +107,7 @@ def read_json(file: Path) -> list[Method]:
             {metric: entry[metric]["mean"] for metric in METRICS},
             {metric: f"[{digits(entry[metric]['low'])}, {digits(entry[metric]['high'])}]" for metric in METRICS},
             tags=entry["tags"],
+            subjects=entry["subjects"],
         )
         for name, entry in entries.items()
     ]
@@ -165,18 +189,23 @@ def digits(value: float) -> str:
     return re.sub(r"^(-?)0\.", r"\1.", f"{value:.4f}")
 
 
-def cells(methods: Sequence[Method], intervals: bool, bold: str) -> list[list[str]]:
-    """Texts of a group's rows: name, three scores with the best set in `bold`, average rank, place."""
+def table_rows(methods: Sequence[Method], intervals: bool) -> list[Row]:
+    """A group's rows, with the best of each metric marked."""
     best = {metric: max(printed(method, metric) for method in methods) for metric in METRICS}
     rows = []
     for method, average, label in zip(methods, average_ranks(methods), rank_labels(methods), strict=True):
-        row = [method.name]
-        for metric in METRICS:
-            text = digits(method.means[metric])
-            text = bold.format(text) if printed(method, metric) == best[metric] else text
-            row.append(f"{text} {method.spreads[metric]}" if intervals and metric in method.spreads else text)
-        rows.append([*row, f"{average:.2f}", label])
+        scores = [
+            Score(digits(value), printed(method, metric) == best[metric], method.spreads.get(metric, "") * intervals)
+            for metric, value in method.means.items()
+        ]
+        rows.append(Row(method.name, scores, f"{average:.2f}", label))
     return rows
+
+
+def texts(row: Row, bold: str) -> list[str]:
+    """The cells of a row after its name; the best score goes into the braces of `bold`."""
+    scores = [f"{bold.format(s.text) if s.best else s.text} {s.spread}".rstrip() for s in row.scores]
+    return [*scores, row.average, row.rank]
 
 
 def markdown(methods: Sequence[Method], intervals: bool) -> str:
@@ -185,9 +214,9 @@ def markdown(methods: Sequence[Method], intervals: bool) -> str:
     lines = [["group", *head]] if len(grouped) > 1 else [head]
     lines.append(["---" if name in ("group", "method") else "---:" for name in lines[0]])
     for group, members in grouped.items():
-        for row in cells(members, intervals, "**{}**"):
-            row[0] = row[0].replace("|", "\\|")
-            lines.append([group, *row] if len(grouped) > 1 else row)
+        for row in table_rows(members, intervals):
+            line = [row.name.replace("|", "\\|"), *texts(row, "**{}**")]
+            lines.append([group, *line] if len(grouped) > 1 else line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -199,8 +228,9 @@ def latex(methods: Sequence[Method], intervals: bool) -> str:
         lines.append(r"\midrule")
         if len(grouped) > 1:
             lines += [rf"\multicolumn{{6}}{{l}}{{\textit{{{escape(group)}}}}} \\"]
-        for name, *row in cells(members, intervals, r"\textbf{{{}}}"):
-            lines.append(" & ".join([escape(name), *(text.replace("±", r"$\pm$") for text in row)]) + r" \\")
+        for row in table_rows(members, intervals):
+            line = [escape(row.name), *texts(row, r"\textbf{{{}}}")]
+            lines.append(" & ".join(line).replace("±", r"$\pm$") + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
