@@ -665,7 +665,7 @@ def browse(scores, images, tmp_path):
 
 
 def test_the_address_filters_the_page(browse):
-    page = browse("#subject=fish&prompt=Sky+night&method=copies")
+    page = browse("#subject=fish&prompt=Photo+night&method=copies")
     assert [picture["alt"] for picture in page.pictures()] == ["a photo of fish in the night sky"]
     assert len(page.visible(page.all("th", data_prompt=True))) == 1
     assert page.all("output")[0]["text"] == "1 image"
