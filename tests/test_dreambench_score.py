@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoImageProcessor, CLIPModel, CLIPProcessor, ViTModel
+from transformers import AutoImageProcessor, CLIPModel, CLIPProcessor, ViTConfig, ViTModel
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "examples" / "dreambench"
@@ -283,18 +283,31 @@ def test_imagenet_preparation_keeps_the_aspect_and_crops_the_centre():
     torch.testing.assert_close(red[:, 0] * 255, torch.arange(16.0, 240.0))
 
 
+# What stands beside DINO's published weights, in the form of that time.
+PUBLISHED = {"feature_extractor_type": "ViTFeatureExtractor", "do_normalize": True, "do_resize": True, "size": 224}
+PUBLISHED |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 2}
+
+
 @pytest.mark.parametrize(
-    ("mean", "size", "chosen"), [(0.485, 224, "imagenet"), (0.5, 224, "model"), (0.485, 64, "model")]
+    ("size", "processor", "chosen"),
+    [(224, {}, "imagenet"), (224, {"image_mean": [0.5, 0.5, 0.5]}, "model"), (64, {"size": 64}, "model")],
 )
-def test_preprocessing_follows_the_model(tmp_path, images, mean, size, chosen):
-    model = shutil.copytree(WORLD / "vit", tmp_path / "vit")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"image_size": size}))
-    processor = json.loads((model / "preprocessor_config.json").read_text())
-    processor |= {"image_mean": [mean, 0.456 if mean < 0.5 else 0.5, 0.406 if mean < 0.5 else 0.5]}
-    (model / "preprocessor_config.json").write_text(json.dumps(processor))
-    args = evaluate.parse_args(command(images, tmp_path / "results", f"--dino_model={model}"))
+def test_preprocessing_follows_the_model(tmp_path, images, size, processor, chosen):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = ViTModel(ViTConfig(image_size=size, patch_size=32, **shape)).eval()
+    model.save_pretrained(tmp_path / "vit")
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(PUBLISHED | processor))
+    args = evaluate.parse_args(command(images, tmp_path / "results", f"--dino_model={tmp_path / 'vit'}"))
     assert args.dino_preprocessing == chosen
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    features = evaluate.Dino(args.dino_model, args.dino_preprocessing, torch.device("cpu")).images([picture])
+    pixels = AutoImageProcessor.from_pretrained(args.dino_model)(images=picture, return_tensors="pt").pixel_values
+    if chosen == "imagenet":
+        pixels = evaluate.imagenet_pixels(picture)[None]
+    with torch.no_grad():
+        expected_features = F.normalize(model(pixels).last_hidden_state[:, 0], dim=-1)
+    torch.testing.assert_close(features, expected_features)
 
 
 def empty(images: Path) -> None:
@@ -599,6 +612,20 @@ def test_what_was_not_made_leaves_a_gap(scores, images, tmp_path):
     rows = page.all("tr", data_method=True)
     assert [row["data-method"] for row in rows] == ["copies", "noise", "copies"]
     assert [row["text"].count("no image") for row in rows] == [0, 1, 0]
+
+
+def test_prompts_read_as_they_were_scored(scores, images, tmp_path):
+    scores.write_text(scores.read_text().replace('"some clip"', '"some clip", "token_text": "a"'))
+    page = write_report(scores, images, tmp_path / "report.html")
+    assert page.all("th", data_prompt=True)[0]["text"] == "a photo of a ball on the grass"
+
+
+def test_a_damaged_image_is_named(scores, images, tmp_path):
+    file = images / "noise" / "fish" / "3" / "0.jpg"
+    file.write_bytes(file.read_bytes()[:1500])
+    with pytest.raises(benchmark.UnreadableImage, match="0.jpg is damaged"):
+        write_report(scores, images, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_given_figures_and_printed_numbers(scores, images, tmp_path):

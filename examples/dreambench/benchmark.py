@@ -13,9 +13,15 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 PROMPTS_FILE = "prompts_and_classes.txt"
 LIVE_CLASSES = {"cat", "dog"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+class UnreadableImage(ValueError):
+    """A file that is named like an image and is none, or breaks off."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,23 @@ def image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
+
+
+def check_image(file: Path) -> None:
+    """`UnreadableImage` for what is no image; reads the header only, which is quick."""
+    try:
+        Image.open(file).close()
+    except OSError as error:
+        raise UnreadableImage(f"{file} is not an image: delete it or make it again ({error})") from error
+
+
+def read_image(file: Path) -> Image.Image:
+    """The whole image in RGB; `UnreadableImage` where it breaks off."""
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise UnreadableImage(f"{file} is damaged: delete it or make it again ({error})") from error
 
 
 def read_benchmark(folder: Path, prompts_file: Path | None = None) -> Benchmark:

@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from benchmark import Benchmark, image_files, read_benchmark
-from PIL import Image, UnidentifiedImageError
+from benchmark import Benchmark, UnreadableImage, check_image, image_files, read_benchmark, read_image
+from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 from transformers.utils.logging import disable_progress_bar
@@ -49,10 +49,6 @@ class Picture:
     prompt_index: int
     prompt: str
     key: str
-
-
-class UnreadableImage(ValueError):
-    """A file that is named like an image and is none, or breaks off."""
 
 
 Rows = list[dict[str, str]]
@@ -168,23 +164,6 @@ def file_state(file: Path) -> str:
 def model_state(name: str) -> str:
     """A model's name, or for a local folder what changes when its weights do."""
     return " ".join([name, *map(file_state, sorted(Path(name).glob("*.safetensors")))])
-
-
-def check_image(file: Path) -> None:
-    """Read the header only, which is quick."""
-    try:
-        Image.open(file).close()
-    except (UnidentifiedImageError, OSError) as error:
-        raise UnreadableImage(f"{file} is not an image: delete it or make it again ({error})") from error
-
-
-def read_image(file: Path) -> Image.Image:
-    """The whole image in RGB."""
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise UnreadableImage(f"{file} is damaged: delete it or make it again ({error})") from error
 
 
 # --- Embeddings ---------------------------------------------------------------------------------------------------

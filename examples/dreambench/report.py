@@ -14,7 +14,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -22,12 +23,14 @@ from urllib.parse import quote
 import jinja2
 import matplotlib
 import table
-from benchmark import Benchmark, image_files, read_benchmark
+from benchmark import Benchmark, UnreadableImage, image_files, read_benchmark, read_image
 from PIL import Image
 from tqdm import tqdm
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first: there may be no display)
+
+matplotlib.rcParams["svg.hashsalt"] = "report"  # the same plot is the same file
 
 HERE = Path(__file__).resolve().parent
 TRADE_OFFS = (("clip_t", "clip_i"), ("clip_t", "dino"))
@@ -70,7 +73,6 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompts_file", type=Path, help="prompts and classes; DATA_DIR/prompts_and_classes.txt by default")
     add("--output", type=Path, default=Path("report.html"), help="the page")
     add("--title", default="Personalisation on DreamBench", help="of the page")
-    add("--token_text", default="", help="what the prompts have in place of the token: nothing, or an article")
     add("--subjects", nargs="+", metavar="SUBJECT", help="only these, in this order")
     add("--images_per_prompt", type=int, default=1, help="shown in a cell, the first ones")
     add("--thumbnail", type=int, default=192, help="longer side of an embedded image at most, in pixels")
@@ -86,6 +88,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         args.subjects = shown_subjects(args)
     except ValueError as error:
         parser.error(str(error))
+    args.metrics = read_metrics(args.scores)
     missing = [figure for figure in args.figures or () if not figure.is_file()]
     if missing:
         parser.error(f"--figures: {missing[0]} is not there")
@@ -118,12 +121,8 @@ def data_uri(content: bytes, kind: str) -> str:
 
 
 def embedded(file: Path, longest: int) -> str:
-    """A copy of at most `longest` pixels a side, within the address. `ValueError` for what is not an image."""
-    try:
-        with Image.open(file) as image:
-            small = image.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{file} is not a readable image: delete it or make it again ({error})") from error
+    """A copy of at most `longest` pixels a side, within the address itself."""
+    small = read_image(file)
     small.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=85, subsampling=0, optimize=True)
@@ -135,9 +134,9 @@ def linked(file: Path, page: Path) -> str:
     return quote(Path(os.path.relpath(file.resolve(), page.resolve().parent)).as_posix())
 
 
-def addresses(args: argparse.Namespace) -> Callable[[Path], str]:
-    """From an image file to what stands in src."""
-    return lambda file: linked(file, args.output) if args.link else embedded(file, args.thumbnail)
+def address(args: argparse.Namespace, file: Path) -> str:
+    """What stands in src for an image file."""
+    return linked(file, args.output) if args.link else embedded(file, args.thumbnail)
 
 
 # --- The page's parts ---------------------------------------------------------------------------------------------
@@ -145,18 +144,19 @@ def addresses(args: argparse.Namespace) -> Callable[[Path], str]:
 
 def subject_grid(args: argparse.Namespace, subject: str) -> Grid:
     benchmark: Benchmark = args.benchmark
-    address = addresses(args)
-    prompts = benchmark.prompts(subject, args.token_text)
+    prompts = benchmark.prompts(subject, args.metrics.get("token_text", ""))
     lines = []
     for method in shown_methods(args):
         folder = args.images_dir / method.name / subject
         files = [image_files(folder / str(index))[: args.images_per_prompt] for index in range(len(prompts))]
-        cells = [Cell(prompt, [address(file) for file in own]) for prompt, own in zip(prompts, files, strict=True)]
+        cells = [
+            Cell(prompt, [address(args, file) for file in own]) for prompt, own in zip(prompts, files, strict=True)
+        ]
         if any(files):
             own = method.subjects.get(subject, {})
             scores = {name: table.digits(own[metric]) for metric, name in table.METRICS.items() if metric in own}
             lines.append(Line(method.name, scores, cells))
-    references = [address(file) for file in benchmark.references(subject)]
+    references = [address(args, file) for file in benchmark.references(subject)]
     return Grid(subject, benchmark.classes[subject], references, *without_empty_columns(prompts, lines))
 
 
@@ -206,14 +206,10 @@ def figures(args: argparse.Namespace) -> list[tuple[str, str]]:
     ]
 
 
-def metric_models(files: Sequence[Path]) -> str:
-    """What the scores were measured with, as the files of evaluate.py say."""
-    named = []
-    for file in files:
-        if file.suffix != ".csv":
-            metrics = json.loads(file.read_text(encoding="utf-8")).get("metrics", {})
-            named.append(", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in metrics.items() if value))
-    return "; ".join(dict.fromkeys(named))
+def read_metrics(files: Sequence[Path]) -> dict[str, str]:
+    """What the scores were measured with, as the first file of evaluate.py says."""
+    written = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.suffix != ".csv"]
+    return written[0].get("metrics", {}) if written else {}
 
 
 def render(args: argparse.Namespace) -> str:
@@ -231,7 +227,7 @@ def render(args: argparse.Namespace) -> str:
         columns=list(table.METRICS.values()),
         groups={name: table.table_rows(rows, args.intervals) for name, rows in table.groups(args.rows).items()},
         intervals=args.intervals,
-        models=metric_models(args.scores),
+        models=", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in args.metrics.items() if value),
         figures=figures(args),
         grids=grids,
         methods=[method.name for method in shown_methods(args)],
@@ -250,4 +246,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except UnreadableImage as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
