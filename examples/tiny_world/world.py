@@ -97,18 +97,18 @@ SUBJECT_SCENES = {
     "cross": ("night", "grass"),
 }
 PROMPTS = (
-    "a photo of {0} {1} on the grass",
-    "a photo of {0} {1} in the snow",
-    "a photo of {0} {1} on the beach",
-    "a photo of {0} {1} in the night sky",
-    "a photo of {0} {1} by a brick wall",
-    "a photo of {0} {1} under water",
-    "a photo of {0} {1} on a wooden table",
-    "a photo of {0} {1} in a grey studio",
-    "a photo of {0} {1} with a hat",
-    "a photo of {0} {1} with a hat on the beach",
-    "a photo of {0} {1} with a hat in the snow",
-    "a photo of {0} {1} with a hat under water",
+    "a photo of a {0} {1} on the grass",
+    "a photo of a {0} {1} in the snow",
+    "a photo of a {0} {1} on the beach",
+    "a photo of a {0} {1} in the night sky",
+    "a photo of a {0} {1} by a brick wall",
+    "a photo of a {0} {1} under water",
+    "a photo of a {0} {1} on a wooden table",
+    "a photo of a {0} {1} in a grey studio",
+    "a photo of a {0} {1} with a hat",
+    "a photo of a {0} {1} with a hat on the beach",
+    "a photo of a {0} {1} with a hat in the snow",
+    "a photo of a {0} {1} with a hat under water",
 )
 
 

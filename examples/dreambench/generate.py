@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make DreamBench's pictures with a base model and one LoRA a subject, or with another method that diffusers loads.
+
+    python generate.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --data_dir dreambench --images_dir images --method sap --loras "loras/sd15-w0.5-pretrained-seed0/{subject}"
+    accelerate launch generate.py ...                                                        # several GPUs
+
+Writes IMAGES/METHOD/SUBJECT/PROMPT_INDEX/N.png and IMAGES/METHOD/manifest.json, which says of every picture its
+prompt, seed and weights, and is written first: started again, the command makes what is missing. A picture's seed
+depends on --seed, subject, prompt and N alone, so all methods start from the same noise. Without weights for each
+subject, the base model is shown the class prompt ("a dog in the snow").
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from accelerate import PartialState
+from benchmark import Benchmark, read_benchmark
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tqdm import tqdm
+
+SAMPLING_FILE = Path(__file__).resolve().parents[1] / "sampling" / "beyond_finetuning.py"
+CUSTOM_DIFFUSION_FILE = "pytorch_custom_diffusion_weights.safetensors"
+SOURCES = ("loras", "pipelines", "textual_inversion", "custom_diffusion", "ip_adapter")
+BEYOND = ("switch_step", "concept_weight", "class_weight")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to make: its file below IMAGES/METHOD, its prompts and its seed."""
+
+    file: str
+    subject: str
+    prompt_index: int
+    prompt: str
+    class_prompt: str
+    seed: int
+    weights: str | None
+    weights_sha256: str | None
+
+
+def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", help="Base pipeline: hub name or local folder.")
+    add("--data_dir", type=Path, required=True, help="DreamBench: a folder a subject, and prompts_and_classes.txt.")
+    add("--images_dir", type=Path, required=True, help="Folder of the pictures of all methods.")
+    add("--method", required=True, help="Name of the method: its folder, and its row in the table.")
+    add("--tags", nargs="*", default=[], metavar="KEY=VALUE", help="Facts for the plots: backbone, w, anchor, seed.")
+    add = parser.add_argument_group(
+        "weights, with {subject} where its name belongs (at most one of these)"
+    ).add_argument
+    add("--loras", help="LoRA folders or files.")
+    add("--pipelines", help="Whole fine-tuned pipelines; no base is needed.")
+    add("--textual_inversion", help="Textual Inversion embeddings, whose word is --token.")
+    add("--custom_diffusion", help=f"Custom Diffusion folders: {CUSTOM_DIFFUSION_FILE} and TOKEN.safetensors.")
+    add("--ip_adapter", help="IP-Adapter repository or folder; the first reference is the picture that it reads.")
+    add("--ip_adapter_subfolder", default="models", help="Folder of the IP-Adapter in it.")
+    add("--ip_adapter_weight", default="ip-adapter_sd15.safetensors", help="File of the IP-Adapter in it.")
+    add("--ip_adapter_scale", type=float, default=0.6, help="Strength of the IP-Adapter.")
+    add = parser.add_argument_group("pictures").add_argument
+    add("--subjects", nargs="+", help="Some subjects (default: all that have pictures).")
+    add("--prompts", nargs="+", type=int, help="Numbers of some prompts (default: all).")
+    add("--images", type=int, default=4, help="Pictures a prompt.")
+    add("--token", default="sks", help="Word for the subject.")
+    add("--seed", type=int, default=0, help="Seed of all pictures.")
+    add("--resolution", type=int, help="Edge in pixels (default: the model's).")
+    add("--num_inference_steps", type=int, default=50, help="Denoising steps.")
+    add("--guidance_scale", type=float, default=7.5, help="Classifier-free guidance.")
+    add("--max_sequence_length", type=int, help="Tokens that SD3's T5 reads, as in training.")
+    add("--batch_size", type=int, default=4, help="Pictures at once.")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], help="Default: float16 on a GPU, float32 on a CPU.")
+    add = parser.add_argument_group("Beyond-Finetuning sampling (examples/sampling)").add_argument
+    add(
+        "--sampler", choices=["standard", "switching", "mixed", "multistage"], default="standard", help="How to guide."
+    )
+    add("--switch_step", type=int, help="Step at which switching and multistage turn from the class to the subject.")
+    add("--concept_weight", type=float, help="Guidance towards the subject prompt, for mixed and multistage.")
+    add("--class_weight", type=float, help="Guidance towards the class prompt, for mixed and multistage.")
+    args = parser.parse_args(input_args)
+    try:
+        args.benchmark = read_benchmark(args.data_dir)
+        check(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise `ValueError` for what cannot work, before anything is loaded."""
+    given = [name for name in SOURCES if getattr(args, name)]
+    if len(given) > 1:
+        raise ValueError(f"--{given[1]} cannot go with --{given[0]}: a method has one kind of weights")
+    if bool(args.pipelines) == bool(args.pretrained_model_name_or_path):
+        raise ValueError("give either --pretrained_model_name_or_path or --pipelines: one of them is the model")
+    if given and given[0] != "ip_adapter" and "{subject}" not in getattr(args, given[0]):
+        raise ValueError(f'--{given[0]} must hold {{subject}}, such as "loras/run/{{subject}}"')
+    if args.sampler != "standard" and not (args.loras or args.pipelines):
+        raise ValueError(f"--sampler {args.sampler} needs a model that knows the subject: --loras or --pipelines")
+    if args.sampler == "standard" and any(getattr(args, name) is not None for name in BEYOND):
+        raise ValueError("--switch_step, --concept_weight and --class_weight belong to --sampler other than standard")
+    for name in ("images", "num_inference_steps", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    there = args.benchmark.subjects()
+    args.subjects = args.subjects or there
+    for subject in args.subjects:
+        if subject not in there:
+            raise ValueError(f"--subjects: {subject} has no pictures or no class in {args.data_dir}")
+        path = weights_of(args, subject)
+        if path is not None and not args.ip_adapter and not path.exists():
+            raise ValueError(f"--{given[0]}: {path} is not there")
+        count = len(args.benchmark.templates(subject))
+        if any(not 0 <= index < count for index in args.prompts or []):
+            raise ValueError(f"--prompts must be from 0 to {count - 1} for {subject}")
+    args.tags = dict(read_tag(text) for text in args.tags)
+
+
+def read_tag(text: str) -> tuple[str, object]:
+    """("w", 0.5) of "w=0.5"; what is not a number stays text."""
+    key, separator, value = text.partition("=")
+    if not key or not separator:
+        raise ValueError(f"--tags {text}: write KEY=VALUE, such as w=0.5")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def weights_of(args: argparse.Namespace, subject: str) -> Path | None:
+    """Where a subject's weights are; None for the base model, which has none, and for an IP-Adapter."""
+    patterns = [getattr(args, name) for name in SOURCES if name != "ip_adapter" and getattr(args, name)]
+    return Path(patterns[0].format(subject=subject)) if patterns else None
+
+
+def digest(path: Path | None) -> str | None:
+    """SHA-256 over the names and bytes of a file, or of the safetensors files of a folder (checkpoints left out)."""
+    if path is None:
+        return None
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*/*.safetensors"))
+    total = hashlib.sha256()
+    for file in files:
+        total.update(file.name.encode())
+        total.update(file.read_bytes())
+    return total.hexdigest()
+
+
+def seed_of(seed: int, subject: str, prompt_index: int, number: int) -> int:
+    """A picture's seed, the same for every method."""
+    text = f"{seed}/{subject}/{prompt_index}/{number}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def plan(args: argparse.Namespace) -> list[Picture]:
+    """All pictures of the method."""
+    benchmark: Benchmark = args.benchmark
+    pictures = []
+    for subject in args.subjects:
+        weights = weights_of(args, subject)
+        sha256 = digest(weights)
+        class_prompts = benchmark.prompts(subject)
+        prompts = benchmark.prompts(subject, args.token) if weights is not None else class_prompts
+        for index in args.prompts if args.prompts is not None else range(len(prompts)):
+            for number in range(args.images):
+                file = f"{subject}/{index}/{number}.png"
+                seed = seed_of(args.seed, subject, index, number)
+                source = str(weights) if weights is not None else None
+                pictures.append(
+                    Picture(file, subject, index, prompts[index], class_prompts[index], seed, source, sha256)
+                )
+    return pictures
+
+
+def scheduler_of(args: argparse.Namespace) -> str:
+    """The class of the model's own scheduler, which samples."""
+    model = args.pretrained_model_name_or_path or weights_of(args, args.subjects[0])
+    return DiffusionPipeline.load_config(model)["scheduler"][1]
+
+
+def manifest_of(args: argparse.Namespace, pictures: list[Picture]) -> dict:
+    """What is true of the whole method, and of each picture."""
+    beyond = {name: getattr(args, name) for name in BEYOND if getattr(args, name) is not None}
+    return {
+        "method": args.method,
+        "tags": args.tags,
+        "model": args.pretrained_model_name_or_path or args.pipelines,
+        "scheduler": scheduler_of(args),
+        "ip_adapter": args.ip_adapter,
+        "sampler": {"name": args.sampler, **beyond},
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "resolution": args.resolution,
+        "images": [asdict(picture) for picture in pictures],
+    }
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """Write manifest.json before the first picture.
+
+    Raises:
+        ValueError: if the folder has pictures made otherwise, which would be mixed with these.
+    """
+    path = folder / "manifest.json"
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key in manifest if before.get(key) != manifest[key]]
+        if changed:
+            raise ValueError(f"{path} was made with other {', '.join(changed)}: take another --method, or remove it")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(".manifest.partial")
+    partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(partial, path)
+
+
+class Model:
+    """The pipeline, with the weights of one subject at a time."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args, self.device = args, device
+        default = "float32" if device.type == "cpu" else "float16"
+        self.dtype = getattr(torch, args.dtype or default)
+        self.pipeline, self.subject = None, None
+        if args.pretrained_model_name_or_path and not args.custom_diffusion:
+            self.pipeline = self.load(args.pretrained_model_name_or_path)
+        if args.ip_adapter:
+            self.pipeline.load_ip_adapter(
+                args.ip_adapter, subfolder=args.ip_adapter_subfolder, weight_name=args.ip_adapter_weight
+            )
+            self.pipeline.set_ip_adapter_scale(args.ip_adapter_scale)
+
+    def load(self, name: str) -> DiffusionPipeline:
+        pipeline = DiffusionPipeline.from_pretrained(name, dtype=self.dtype).to(self.device)
+        pipeline.set_progress_bar_config(disable=True)
+        if getattr(pipeline, "safety_checker", None) is not None:  # it would blacken pictures, which are then scored
+            pipeline.safety_checker = None
+            pipeline.register_to_config(requires_safety_checker=False)
+        return pipeline
+
+    def of(self, subject: str) -> DiffusionPipeline:
+        """The pipeline for a subject."""
+        if subject != self.subject:
+            self.take(subject, weights_of(self.args, subject))
+            self.subject = subject
+        return self.pipeline
+
+    def take(self, subject: str, weights: Path | None) -> None:
+        args = self.args
+        if args.loras:
+            self.pipeline.unload_lora_weights()
+            name = {"weight_name": weights.name} if weights.is_file() else {}
+            self.pipeline.load_lora_weights(str(weights.parent if weights.is_file() else weights), **name)
+        elif args.pipelines:
+            self.pipeline = self.load(str(weights))
+        elif args.textual_inversion:
+            if self.subject is not None:
+                self.pipeline.unload_textual_inversion()
+            self.pipeline.load_textual_inversion(str(weights), token=args.token, use_safetensors=True)
+        elif args.custom_diffusion:  # it replaces attention processors, which cannot be taken back
+            self.pipeline = self.load(args.pretrained_model_name_or_path)
+            self.pipeline.unet.load_attn_procs(str(weights), weight_name=CUSTOM_DIFFUSION_FILE)
+            self.pipeline.unet.to(self.device, self.dtype)
+            if (weights / f"{args.token}.safetensors").is_file():
+                self.pipeline.load_textual_inversion(str(weights), weight_name=f"{args.token}.safetensors")
+
+    def options(self, subject: str) -> dict:
+        """What the pipeline's call is given beside prompts and seeds."""
+        args = self.args
+        options = {"num_inference_steps": args.num_inference_steps}
+        if args.resolution:
+            options |= {"height": args.resolution, "width": args.resolution}
+        if args.max_sequence_length:
+            options["max_sequence_length"] = args.max_sequence_length
+        if args.ip_adapter:
+            reference = args.benchmark.references(subject)[0]
+            options["ip_adapter_image"] = Image.open(reference).convert("RGB")
+        return options
+
+
+def load_sampling() -> ModuleType:
+    """examples/sampling/beyond_finetuning.py, which stands in a folder of its own."""
+    if not SAMPLING_FILE.is_file():
+        raise ValueError(f"--sampler needs {SAMPLING_FILE}, which is not there")
+    spec = importlib.util.spec_from_file_location(SAMPLING_FILE.stem, SAMPLING_FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def sampler_of(args: argparse.Namespace) -> Callable:
+    """(pipeline, prompts, class prompts, options) -> pictures, as `--sampler` says."""
+    if args.sampler == "standard":
+
+        def standard(pipeline, prompts, class_prompts, options):
+            return pipeline(prompts, guidance_scale=args.guidance_scale, **options).images
+
+        return standard
+    sample = load_sampling().sample
+    beyond = {name: getattr(args, name) for name in BEYOND if name in inspect.signature(sample).parameters}
+
+    def guided(pipeline, prompts, class_prompts, options):
+        settings = beyond | {"method": args.sampler, "guidance_scale": args.guidance_scale}
+        return sample(pipeline, prompts, class_prompts, **settings, **options)
+
+    return guided
+
+
+def batches(pictures: list[Picture], size: int) -> Iterator[list[Picture]]:
+    """Up to `size` pictures of one subject at a time."""
+    for subject in dict.fromkeys(picture.subject for picture in pictures):
+        own = [picture for picture in pictures if picture.subject == subject]
+        yield from (own[i : i + size] for i in range(0, len(own), size))
+
+
+def generate(args: argparse.Namespace, state: PartialState, pictures: list[Picture]) -> None:
+    """Make this process's share of the pictures."""
+    folder = args.images_dir / args.method
+    model, sample = Model(args, state.device), sampler_of(args)
+    size = 1 if args.ip_adapter else args.batch_size  # the pipelines take one reference a call
+    with tqdm(total=len(pictures), desc=args.method, disable=not state.is_main_process) as bar:
+        for batch in batches(pictures, size):
+            pipeline = model.of(batch[0].subject)
+            options = model.options(batch[0].subject)
+            options["generator"] = [torch.Generator().manual_seed(picture.seed) for picture in batch]
+            prompts = [picture.prompt for picture in batch]
+            images = sample(pipeline, prompts, [picture.class_prompt for picture in batch], options)
+            for picture, image in zip(batch, images, strict=True):
+                path = folder / picture.file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial = path.with_name(f".{path.name}.partial")
+                image.save(partial, format="PNG")
+                os.replace(partial, path)
+            bar.update(len(batch))
+
+
+def main(args: argparse.Namespace) -> None:
+    state = PartialState()
+    pictures = plan(args)
+    folder = args.images_dir / args.method
+    if state.is_main_process:
+        write_manifest(folder, manifest_of(args, pictures))
+    state.wait_for_everyone()
+    missing = [picture for picture in pictures if not (folder / picture.file).is_file()]
+    state.wait_for_everyone()  # nobody starts before all have looked
+    if missing:
+        with state.split_between_processes(missing) as share:
+            generate(args, state, share)
+    if state.is_main_process:
+        print(f"{args.method}: {len(missing)} pictures made, {len(pictures) - len(missing)} were there, in {folder}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except ValueError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
