@@ -332,11 +332,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def load_pipeline(args: argparse.Namespace) -> DiffusionPipeline:
     """The base model on its device, with the LoRA."""
-    pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path)
+    dtype = getattr(torch, args.dtype)
+    pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=dtype)
     if args.lora:
         folder, file = (args.lora.parent, args.lora.name) if args.lora.is_file() else (args.lora, LORA_FILE)
         pipeline.load_lora_weights(folder, weight_name=file)
-    return pipeline.to(args.device, getattr(torch, args.dtype))
+    return pipeline.to(args.device)
 
 
 def main(args: argparse.Namespace) -> None:

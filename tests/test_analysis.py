@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The analysis scripts: drift of a run's checkpoints, and the trade-off figures."""
+
+import csv
+import functools
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import runner
+import tiny_pipelines
+import torch
+from conftest import ROOT
+from diffusers import DDPMScheduler, DiffusionPipeline
+from PIL import Image
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(ROOT / "examples" / "analysis"))
+import drift  # noqa: E402
+
+sys.path.remove(str(ROOT / "examples" / "analysis"))
+
+SUBJECT, CLASS = "a photo of sks dog", "a photo of a dog"
+SCRIPTS = {"sd15": "train_sap_lora_sd15", "sdxl": "train_sap_lora_sdxl", "sd3": "train_sap_lora_sd3"}
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory, photos):
+    """backbone -> a base model, and a run with LoRAs of steps 1 and 2 and its last one, by our own trainer."""
+    return functools.cache(lambda backbone: train_run(backbone, tmp_path_factory.mktemp(backbone), photos))
+
+
+@pytest.fixture(params=list(SCRIPTS))
+def base_and_run(request, train):
+    return train(request.param)
+
+
+@pytest.fixture
+def sd15_run(train):
+    return train("sd15")
+
+
+def train_run(backbone, folder, photos):
+    base = getattr(tiny_pipelines, f"save_{backbone}")(folder / "base")
+    more = ["--checkpointing_steps=1", "--skip_final_inference"]
+    more += ["--output_kohya_format"] if backbone != "sd3" else []  # where kohya's tools read the diffusers keys
+    runner.train(SCRIPTS[backbone], runner.flags(base, photos, folder / "run", *more))
+    return base, folder / "run"
+
+
+def measure(base, photos, output, *more, fast=("--num_timesteps=2", "--num_noises=1")):
+    """Run drift.py; the rows of its table, as numbers where they are."""
+    drift.main(drift.parse_args(command(base, photos, output, *fast, *more)))
+    assert (output / "drift.png").stat().st_size > 10_000
+    return read(output / "drift.csv")
+
+
+def command(base, photos, output, *more):
+    return [
+        f"--pretrained_model_name_or_path={base}", f"--instance_data_dir={photos}", f"--instance_prompt={SUBJECT}",
+        f"--class_prompt={CLASS}", "--resolution=64", f"--output_dir={output}", "--device=cpu", *more,
+    ]  # fmt: skip
+
+
+def read(file):
+    with file.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    texts = ("label", "run", "file", "method", "kind", "source")
+    return [{name: value if name in texts else float(value) for name, value in row.items()} for row in rows]
+
+
+def by_hand(base, photos, lora=None):
+    """(a) and (b) of one picture at two timesteps, written out anew: L2 and MSE."""
+    pipeline = DiffusionPipeline.from_pretrained(base)
+    picture = Image.open(sorted(photos.iterdir())[0]).convert("RGB")
+    left = (picture.width - picture.height) // 2
+    pixels = np.asarray(picture.crop((left, 0, left + picture.height, picture.height))) / 127.5 - 1
+    pixels = torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None]
+    vae = pipeline.vae
+    latents = (vae.encode(pixels).latent_dist.mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    noisy, times, target = diffused(pipeline, latents, noise, (250, 750))
+    anchor = predicted(pipeline, noisy, times, CLASS)
+    if lora:
+        pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
+    student = predicted(pipeline, noisy, times, SUBJECT)
+    numbers = {}
+    for name, other in {"reconstruction": target, "same": anchor}.items():
+        square = (student - other).square()
+        numbers |= {f"{name}_l2": square.sum((1, 2, 3)).sqrt().mean().item(), f"{name}_mse": square.mean().item()}
+    return numbers
+
+
+def diffused(pipeline, latents, noise, indices):
+    if hasattr(pipeline, "transformer"):  # a flow with SD3's shift of 3
+        sigmas = torch.tensor([1 - index / 1000 for index in indices])
+        sigmas = 3 * sigmas / (1 + 2 * sigmas)
+        shaped = sigmas[:, None, None, None]
+        return (1 - shaped) * latents + shaped * noise, 1000 * sigmas, (noise - latents).expand(2, -1, -1, -1)
+    times = torch.tensor(indices)
+    alphas = DDPMScheduler.from_config(pipeline.scheduler.config).alphas_cumprod[times][:, None, None, None]
+    target = noise.expand(2, -1, -1, -1)
+    if pipeline.scheduler.config.prediction_type == "v_prediction":
+        target = alphas.sqrt() * noise - (1 - alphas).sqrt() * latents
+    return alphas.sqrt() * latents + (1 - alphas).sqrt() * noise, times, target
+
+
+@torch.no_grad()
+def predicted(pipeline, noisy, times, prompt):
+    options = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    prompts = [prompt] * len(noisy)
+    if hasattr(pipeline, "transformer"):
+        found = pipeline.encode_prompt(prompts, None, None, max_sequence_length=77, **options)
+        return pipeline.transformer(noisy, found[0], found[2], times, return_dict=False)[0]
+    found, added = pipeline.encode_prompt(prompts, **options), None
+    if len(found) == 4:
+        added = {"text_embeds": found[2], "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * len(noisy))}
+    return pipeline.unet(noisy, times, found[0], added_cond_kwargs=added, return_dict=False)[0]
+
+
+def one_photo(photos, folder):
+    folder.mkdir()
+    shutil.copy(sorted(photos.iterdir())[0], folder)
+    return folder
+
+
+def assert_close(row, expected):
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_drift_is_what_the_definition_says(base_and_run, photos, tmp_path):
+    base, run = base_and_run
+    photo = one_photo(photos, tmp_path / "photo")
+    rows = measure(base, photo, tmp_path / "out", f"--run=w = 0={run}", "--anchor_weight=0.25")
+    assert [(row["label"], row["step"]) for row in rows] == [("w = 0", 0), ("w = 0", 1), ("w = 0", 2)]
+    assert_close(rows[0], by_hand(base, photo))
+    assert_close(rows[2], by_hand(base, photo, run / "checkpoint-2" / drift.LORA_FILE))
+    assert rows[2]["same_l2"] != pytest.approx(rows[0]["same_l2"], rel=0.01)
+    for row in rows:
+        assert row["objective"] == pytest.approx(row["reconstruction_mse"] + 0.25 * row["same_mse"])
+
+
+def test_drift_of_a_v_prediction_model(sd21, sd15_run, photos, tmp_path):
+    photo = one_photo(photos, tmp_path / "photo")
+    rows = measure(sd21, photo, tmp_path / "out", f"--run=a={sd15_run[1]}")
+    assert_close(rows[1], by_hand(sd21, photo, sd15_run[1] / "checkpoint-1" / drift.LORA_FILE))
+
+
+def test_other_trainers_files(base_and_run, photos, tmp_path):
+    """kohya's keys and names give the numbers of our own file."""
+    base, run = base_and_run
+    (tmp_path / "kohya").mkdir()
+    files = [run / "pytorch_lora_weights_kohya.safetensors", run / drift.LORA_FILE]
+    shutil.copy(next(file for file in files if file.exists()), tmp_path / "kohya" / "dog-step00000002.safetensors")
+    shutil.copy(run / drift.LORA_FILE, tmp_path / "kohya" / "dog.safetensors")  # without a step: left out
+    rows = measure(base, photos, tmp_path / "out", f"--run=ours={run}", f"--run=kohya={tmp_path / 'kohya'}")
+    ours, kohya = ([row for row in rows if row["label"] == label] for label in ("ours", "kohya"))
+    assert [row["step"] for row in kohya] == [0, 2]
+    assert_close(kohya[1], {name: ours[2][name] for name in ("reconstruction_l2", "same_l2", "objective")})
+
+
+def test_the_same_prompt_without_lora_has_no_drift(sd15_run, photos, tmp_path):
+    base, run = sd15_run
+    rows = measure(base, photos, tmp_path / "out", f"--run=a={run}", f"--instance_prompt={CLASS}")
+    assert rows[0]["same_l2"] == 0 < rows[1]["same_l2"]
+
+
+def test_the_anchor_at_class_latents(sd15_run, photos, tmp_path):
+    """Pictures of the subject in place of class pictures: both choices of z_t agree. Others: they differ."""
+    base, run = sd15_run
+    at_class = [f"--run=a={run}", "--anchor_latents=class", f"--class_data_dir={photos}"]
+    for row in measure(base, photos, tmp_path / "same", *at_class):
+        assert row["class_l2"] == pytest.approx(row["same_l2"])
+    others = tiny_pipelines.save_photos(tmp_path / "others", count=7)
+    (others / "00.jpg").unlink()
+    rows = measure(base, photos, tmp_path / "others_out", *at_class[:2], f"--class_data_dir={others}")
+    assert rows[0]["class_l2"] > 2 * rows[0]["same_l2"]
+
+
+def test_class_pictures_by_the_base_model(sd15_run, photos, tmp_path):
+    base, run = sd15_run
+    more = [f"--run=a={run}", "--anchor_latents=class", "--num_class_images=2", "--num_inference_steps=2"]
+    first = measure(base, photos, tmp_path / "out", *more)
+    pictures = sorted((tmp_path / "out" / "class_images").iterdir())
+    assert [picture.name for picture in pictures] == ["0.png", "1.png"]
+    times = [picture.stat().st_mtime_ns for picture in pictures]
+    (tmp_path / "out" / "measured.json").unlink()
+    assert measure(base, photos, tmp_path / "out", *more) == first
+    assert [picture.stat().st_mtime_ns for picture in pictures] == times
+
+
+def test_measured_files_are_not_measured_again(sd15_run, photos, tmp_path, monkeypatch):
+    base, run = sd15_run
+    growing = tmp_path / "growing"
+    shutil.copytree(run / "checkpoint-1", growing / "checkpoint-1")
+    first = measure(base, photos, tmp_path / "out", f"--run=a={growing}")
+    shutil.copytree(run / "checkpoint-2", growing / "checkpoint-2")
+    loaded = []
+    original = drift.StableDiffusionPipeline.load_lora_weights
+
+    def load(self, folder, **options):
+        loaded.append(folder.name)
+        return original(self, folder, **options)
+
+    monkeypatch.setattr(drift.StableDiffusionPipeline, "load_lora_weights", load)
+    second = measure(base, photos, tmp_path / "out", f"--run=a={growing}")
+    assert loaded == ["checkpoint-2"]
+    assert second[:2] == first
+    monkeypatch.setattr(drift, "load_pipeline", None)
+    assert measure(base, photos, tmp_path / "out", f"--run=a={growing}") == second
+    with pytest.raises(drift.UsageError, match="another num_timesteps"):
+        measure(base, photos, tmp_path / "out", f"--run=a={growing}", "--num_timesteps=3")
+
+
+def test_seeds_of_a_label_share_a_line(sd15_run, photos, tmp_path):
+    """The line's mean over the steps that all runs have; the last LoRA counts where its step is given."""
+    base, run = sd15_run
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(run / drift.LORA_FILE, other)
+    rows = measure(base, photos, tmp_path / "out", f"--run=a={run}", f"--run=a={other}", "--final_step=2")
+    steps, values = drift.curves(rows, "a", "same_l2")
+    assert steps.tolist() == [0, 2]
+    assert values.shape == (2, 2)
+    assert values[0] == pytest.approx(values[1])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--run=nothing"], "give LABEL=FOLDER"),
+        (["--run=a=missing"], "where the folder exists"),
+        (["--run=a={photos}"], "no checkpoint-STEP folder"),
+        (["--run=a={run}", "--num_timesteps=0"], "at least 1"),
+        (["--run=a={run}", "--class_data_dir={photos}"], "with --anchor_latents class only"),
+        (["--run=a={run}", "--instance_data_dir={run}"], "has no pictures"),
+        (["--run=a={run}", "--pretrained_model_name_or_path={photos}"], "cannot be loaded"),
+        (["--run=a={broken}"], "cannot be read"),
+        (["--run=a={full}"], "has no LoRA layers"),
+    ],
+)
+def test_bad_input_gets_one_sentence(sd15_run, photos, tmp_path, capsys, more, message):
+    for name in ("broken", "full"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "broken" / "x-1.safetensors").write_bytes(b"no tensors")
+    save_file({"conv_in.weight": torch.zeros(1)}, tmp_path / "full" / "x-1.safetensors")
+    folders = {"photos": photos, "run": sd15_run[1], "broken": tmp_path / "broken", "full": tmp_path / "full"}
+    more = [text.format(**folders) for text in more]
+    with pytest.raises(SystemExit) as stop:
+        drift.parse_args(command(sd15_run[0], photos, tmp_path / "out", *more))
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
