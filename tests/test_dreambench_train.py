@@ -173,6 +173,21 @@ def test_textual_inversion(scripts, tmp_path):
     assert one == (tmp_path / "fish-alone" / alone["images"][0]["file"]).read_bytes()  # ball's word is gone
 
 
+def test_beyond_finetuning_is_a_method(scripts, tmp_path):
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "ball").symlink_to(BASE, target_is_directory=True)
+    pattern = str(tmp_path / "tuned" / "{subject}")
+    settings = {"standard": [], "switching": ["--switch_step=0"], "mixed": [], "multistage": ["--switch_step=1"]}
+    pictures = {}
+    for sampler, more in settings.items():
+        told = generate(scripts, tmp_path, sampler, "--pipelines", pattern, f"--sampler={sampler}", *more, base=None)
+        assert told["sampler"]["name"] == sampler
+        pictures[sampler] = [(tmp_path / sampler / one["file"]).read_bytes() for one in told["images"]]
+    assert pictures["switching"] == pictures["standard"]  # the subject's prompt from the first step on
+    assert pictures["mixed"] != pictures["standard"]
+    assert pictures["multistage"] != pictures["mixed"]
+
+
 def test_whole_pipelines(scripts, tmp_path):
     (tmp_path / "tuned").mkdir()
     (tmp_path / "tuned" / "ball").symlink_to(BASE, target_is_directory=True)

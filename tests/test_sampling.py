@@ -101,7 +101,7 @@ SCHEMES = {
         {"concept_weight": 3.0, "class_weight": 1.5},
         lambda i, e0, ec, es: e0 + 3 * (ec - e0) + 1.5 * (es - e0),
     ),
-    "multi-stage": (
+    "multistage": (
         {"concept_weight": 3.0, "class_weight": 1.5, "switch_step": 3},
         lambda i, e0, ec, es: e0 + (4.5 * (es - e0) if i < 3 else 3 * (ec - e0) + 1.5 * (es - e0)),
     ),
@@ -120,10 +120,10 @@ def test_guidance_is_the_formula(folder, pipeline, method):
 
 
 def test_guidance_with_a_list_of_prompts(folder, pipeline):
-    settings, formula = SCHEMES["multi-stage"]
+    settings, formula = SCHEMES["multistage"]
     prompts, class_prompts = [PROMPT, "a sks dog"], [CLASS_PROMPT, "a dog"]
     applied = Applied(pipeline, load(folder), prompts, class_prompts, None, images=1)
-    sample(pipeline, prompts, class_prompts, "multi-stage", **settings, generator=seeded(2), **FAST)
+    sample(pipeline, prompts, class_prompts, "multistage", **settings, generator=seeded(2), **FAST)
     check(applied, formula)
 
 
@@ -171,9 +171,9 @@ def fail(*args, **kwargs):
 
 def test_half_precision_returns_pictures(folder):
     pipeline = load(folder).to(torch.bfloat16)
-    settings, _ = SCHEMES["multi-stage"]
+    settings, _ = SCHEMES["multistage"]
     options = {"num_inference_steps": STEPS, "generator": seeded()}
-    (image,) = sample(pipeline, PROMPT, CLASS_PROMPT, "multi-stage", **settings, **options)
+    (image,) = sample(pipeline, PROMPT, CLASS_PROMPT, "multistage", **settings, **options)
     assert image.size == (64, 64)
     assert np.asarray(image).std() > 0
 
@@ -182,7 +182,7 @@ def test_published_settings():
     sd, xl = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
     assert make_schedule(sd, "switching") == beyond_finetuning.Schedule(7.0, 7, 0.0)
     assert make_schedule(sd, "mixed") == beyond_finetuning.Schedule(7.0, 0, 0.5)
-    assert make_schedule(sd, "multi-stage") == beyond_finetuning.Schedule(7.0, 10, 3 / 7)
+    assert make_schedule(sd, "multistage") == beyond_finetuning.Schedule(7.0, 10, 3 / 7)
     assert make_schedule(xl, "switching") == beyond_finetuning.Schedule(5.0, 10, 0.0)
     assert make_schedule(xl, "mixed") == beyond_finetuning.Schedule(5.0, 0, 0.5)
     assert make_schedule(xl, "switching", num_inference_steps=25).switch_step == 5
@@ -194,7 +194,7 @@ def test_published_settings():
     [
         ("StableDiffusion3Pipeline", {}, "guidance_scale has no published value"),
         ("StableDiffusion3Pipeline", {"guidance_scale": 7.0}, "switch_step has no published value"),
-        ("StableDiffusionXLPipeline", {"method": "multi-stage"}, "concept_weight has no published value"),
+        ("StableDiffusionXLPipeline", {"method": "multistage"}, "concept_weight has no published value"),
         ("FluxPipeline", {}, "not supported"),
         ("StableDiffusionPipeline", {"method": "both"}, "must be one of"),
         ("StableDiffusionPipeline", {"method": "mixed", "guidance_scale": 7.0}, "means nothing to mixed"),

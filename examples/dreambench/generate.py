@@ -14,7 +14,6 @@ subject, the base model is shown the class prompt ("a dog in the snow").
 import argparse
 import hashlib
 import importlib.util
-import inspect
 import json
 import os
 import sys
@@ -77,7 +76,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="Seed of all pictures.")
     add("--resolution", type=int, help="Edge in pixels (default: the model's).")
     add("--num_inference_steps", type=int, default=50, help="Denoising steps.")
-    add("--guidance_scale", type=float, default=7.5, help="Classifier-free guidance.")
+    add("--guidance_scale", type=float, default=7.5, help="Classifier-free guidance (not for mixed, multistage).")
     add("--max_sequence_length", type=int, help="Tokens that SD3's T5 reads, as in training.")
     add("--batch_size", type=int, default=4, help="Pictures at once.")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="Default: float16 on a GPU, float32 on a CPU.")
@@ -307,10 +306,11 @@ def sampler_of(args: argparse.Namespace) -> Callable:
 
         return standard
     sample = load_sampling().sample
-    beyond = {name: getattr(args, name) for name in BEYOND if name in inspect.signature(sample).parameters}
+    settings = {name: getattr(args, name) for name in BEYOND} | {"method": args.sampler}
+    if args.sampler == "switching":  # the others have two weights instead
+        settings["guidance_scale"] = args.guidance_scale
 
     def guided(pipeline, prompts, class_prompts, options):
-        settings = beyond | {"method": args.sampler, "guidance_scale": args.guidance_scale}
         return sample(pipeline, prompts, class_prompts, **settings, **options)
 
     return guided

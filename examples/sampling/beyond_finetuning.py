@@ -10,7 +10,7 @@ network and the step index i:
 
     switching     i < t_sw: e0 + w (es - e0),          then e0 + w (ec - e0)
     mixed                   e0 + wc (ec - e0) + ws (es - e0)
-    multi-stage   i < t_sw: e0 + (wc + ws) (es - e0),  then mixed
+    multistage    i < t_sw: e0 + (wc + ws) (es - e0),  then mixed
 
 Mixed is classifier-free guidance of scale wc + ws towards the weighted mean (wc ec + ws es) / (wc + ws). So all three
 are one rule with three numbers: a scale s, a step t_sw, and the share a = ws / (wc + ws) of the superclass,
@@ -31,14 +31,14 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-METHODS = ("switching", "mixed", "multi-stage")
+METHODS = ("switching", "mixed", "multistage")
 STEPS = 50  # of the published settings, where switch_step counts
 # The published settings. Those of Stable Diffusion 2 stand for every pipeline of its class: none exist for 1.5.
 PUBLISHED = {
     "StableDiffusionPipeline": {
         "switching": {"guidance_scale": 7.0, "switch_step": 7},
         "mixed": {"concept_weight": 3.5, "class_weight": 3.5},
-        "multi-stage": {"concept_weight": 4.0, "class_weight": 3.0, "switch_step": 10},
+        "multistage": {"concept_weight": 4.0, "class_weight": 3.0, "switch_step": 10},
     },
     "StableDiffusionXLPipeline": {
         "switching": {"guidance_scale": 5.0, "switch_step": 10},
@@ -49,7 +49,7 @@ PUBLISHED = {
 USES = {
     "switching": ("guidance_scale", "switch_step"),
     "mixed": ("concept_weight", "class_weight"),
-    "multi-stage": ("concept_weight", "class_weight", "switch_step"),
+    "multistage": ("concept_weight", "class_weight", "switch_step"),
 }
 # What callback_on_step_end may replace: the prompt's embeddings, then the pooled ones where there are any.
 CALLBACK_INPUTS = {
@@ -84,9 +84,9 @@ def make_schedule(
 
     Args:
         pipeline_class: name of the pipeline's class.
-        method: "switching", "mixed" or "multi-stage".
-        guidance_scale, switch_step: of switching; the step also of multi-stage.
-        concept_weight, class_weight: of mixed and multi-stage.
+        method: "switching", "mixed" or "multistage".
+        guidance_scale, switch_step: of switching; the step also of multistage.
+        concept_weight, class_weight: of mixed and multistage.
 
     Raises:
         ValueError: where a number is missing, out of range, or means nothing to the method.
@@ -143,7 +143,7 @@ def sample(
             loaded. It comes back as it was, also after an exception.
         prompt: with the subject's token, "a photo of sks dog in the snow", or a list of such.
         class_prompt: the same without the token, "a photo of a dog in the snow", or a list of the same length.
-        method: "switching", "mixed" or "multi-stage".
+        method: "switching", "mixed" or "multistage".
         guidance_scale, switch_step, concept_weight, class_weight: the method's numbers; the published ones where
             they are None and exist (`PUBLISHED`).
         pipeline_kwargs: anything else that the pipeline's call takes: num_inference_steps (50), generator,
@@ -302,11 +302,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--guidance_scale", type=float, metavar="W", help="switching: guidance scale of both prompts"
     )
     guidance.add_argument("--switch_step", type=int, metavar="T", help="first step of the concept (not for mixed)")
+    guidance.add_argument("--concept_weight", type=float, metavar="WC", help="mixed, multistage: the concept's weight")
     guidance.add_argument(
-        "--concept_weight", type=float, metavar="WC", help="mixed, multi-stage: the concept's weight"
-    )
-    guidance.add_argument(
-        "--class_weight", type=float, metavar="WS", help="mixed, multi-stage: the superclass's weight"
+        "--class_weight", type=float, metavar="WS", help="mixed, multistage: the superclass's weight"
     )
     guidance.add_argument("--negative_prompt", help="in place of the empty prompt")
 
