@@ -3,6 +3,7 @@
 
 import csv
 import functools
+import json
 import shutil
 import sys
 
@@ -16,10 +17,13 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(ROOT / "examples" / "analysis"))
+FOLDERS = [str(ROOT / "examples" / name) for name in ("analysis", "dreambench")]
+sys.path[:0] = FOLDERS
 import drift  # noqa: E402
+import evaluate  # noqa: E402
+import tradeoff  # noqa: E402
 
-sys.path.remove(str(ROOT / "examples" / "analysis"))
+sys.path[:] = [path for path in sys.path if path not in FOLDERS]
 
 SUBJECT, CLASS = "a photo of sks dog", "a photo of a dog"
 SCRIPTS = {"sd15": "train_sap_lora_sd15", "sdxl": "train_sap_lora_sdxl", "sd3": "train_sap_lora_sd3"}
@@ -66,8 +70,8 @@ def command(base, photos, output, *more):
 def read(file):
     with file.open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    texts = ("label", "run", "file", "method", "kind", "source")
-    return [{name: value if name in texts else float(value) for name, value in row.items()} for row in rows]
+    texts = ("label", "run", "file", "backbone", "kind", "anchor", "point", "minus")
+    return [{k: value if k in texts or not value else float(value) for k, value in row.items()} for row in rows]
 
 
 def by_hand(base, photos, lora=None):
@@ -249,5 +253,137 @@ def test_bad_input_gets_one_sentence(sd15_run, photos, tmp_path, capsys, more, m
     more = [text.format(**folders) for text in more]
     with pytest.raises(SystemExit) as stop:
         drift.parse_args(command(sd15_run[0], photos, tmp_path / "out", *more))
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def method(value, **tags):
+    """A method's entry in scores.json: three subjects that differ, all metrics moved by `value`."""
+    subjects = {"ball": 0.6, "fish": 0.7, "tree": 0.9}
+    scores = {name: {"clip_t": v + value, "clip_i": v - value, "dino": v - 2 * value} for name, v in subjects.items()}
+    return {"tags": tags, "subjects": scores}
+
+
+def write_scores(folder, methods, metrics=None):
+    file = folder / f"scores{len(list(folder.glob('*.json')))}.json"
+    file.write_text(json.dumps({"metrics": metrics or {"clip_model": "clip"}, "methods": methods}))
+    return file
+
+
+@pytest.fixture
+def scores(tmp_path):
+    methods = {}
+    for seed in (0, 1):
+        noise = 0.01 * seed
+        for w in (1, 0, 0.5):
+            anchor = "finetuned" if w == 0 else "pretrained"  # without weight there is no anchor
+            methods[f"w{w}-{seed}"] = method(0.1 * w + noise, backbone="sd15", w=w, anchor=anchor, seed=seed)
+        methods[f"tuned-{seed}"] = method(0.02 + noise, backbone="sd15", w=0.5, anchor="finetuned", seed=seed)
+        methods[f"prior-seed{seed}"] = method(0.03 + noise, backbone="sd15", seed=seed)
+    methods["base"] = method(0.2, backbone="sd15", label="base model")
+    methods["sd3"] = method(0.3, backbone="sd3", w=0.5)
+    return write_scores(tmp_path, methods)
+
+
+def plot(output, *files, more=()):
+    arguments = ["--scores", *map(str, files), f"--output_dir={output}", "--bootstrap_samples=500", *more]
+    tradeoff.main(tradeoff.parse_args(arguments))
+    return read(output / "tradeoff.csv")
+
+
+def test_trade_off_points(scores, tmp_path):
+    rows = plot(tmp_path / "out", scores)
+    assert [(row["backbone"], row["kind"], row["label"], row["seeds"]) for row in rows] == [
+        ("sd15", "curve", "w = 0", 2),
+        ("sd15", "curve", "w = 0.5", 2),
+        ("sd15", "curve", "w = 1", 2),
+        ("sd15", "anchor", "finetuned anchor, w = 0.5", 2),
+        ("sd15", "reference", "base model", 1),
+        ("sd15", "reference", "prior", 2),
+        ("sd3", "curve", "w = 0.5", 1),
+    ]
+    mean = (0.6 + 0.7 + 0.9) / 3
+    assert rows[1]["clip_t"] == pytest.approx(mean + 0.055, abs=1e-5)
+    assert rows[1]["dino"] == pytest.approx(mean - 0.11, abs=1e-5)
+    for row in rows:
+        for metric in tradeoff.METRICS:
+            assert row[f"{metric}_low"] < row[metric] < row[f"{metric}_high"]
+    for name in ("tradeoff.png", "anchors.png"):
+        assert Image.open(tmp_path / "out" / name).size[0] > 400
+
+
+def test_differences_are_paired(scores, tmp_path):
+    """Subjects differ far more than weights do, and yet the difference is exact: it is the same for each subject."""
+    plot(tmp_path / "out", scores)
+    rows = {(row["backbone"], row["point"], row["minus"]): row for row in read(tmp_path / "out" / "differences.csv")}
+    row = rows["sd15", "w = 1", "w = 0"]
+    assert (row["clip_t"], row["clip_i"], row["dino"]) == pytest.approx((0.1, -0.1, -0.2), abs=1e-5)
+    assert row["clip_t_low"] == row["clip_t_high"] == pytest.approx(0.1, abs=1e-5)
+    assert row["paired_seeds"] == 2
+    row = rows["sd15", "w = 0.5", "finetuned anchor, w = 0.5"]
+    assert row["clip_t"] == pytest.approx(0.03, abs=1e-5)
+    row = rows["sd15", "base model", "w = 0"]
+    assert (row["clip_t"], row["paired_seeds"]) == (pytest.approx(0.195, abs=1e-5), 0)
+    assert not any(key[0] == "sd3" for key in rows)
+
+
+def test_interval_of_a_mean():
+    """One seed and many subjects: close to mean +- 1.96 standard errors. Seeds count too. One cell has no width."""
+    table = np.random.default_rng(0).normal(3, 1, (1, 200))
+    mean, low, high = tradeoff.interval(table, 4000, 0)
+    error = table.std() / np.sqrt(table.size)
+    assert mean == pytest.approx(table.mean())
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.2 * error)
+    seeds = np.vstack([table, table + 1])
+    assert tradeoff.interval(seeds, 4000, 0)[2] == pytest.approx(mean + 1, abs=0.2)
+    assert tradeoff.interval(np.array([[0.3]]), 10, 0) == pytest.approx((0.3, 0.3, 0.3))
+    assert tradeoff.interval(np.array([[1.0, np.nan], [np.nan, 3.0]]), 200, 0)[0] == 2
+
+
+def test_no_figure_6_without_both_anchors(tmp_path, capsys):
+    file = write_scores(tmp_path, {"a": method(0.1, w=0.5), "b": method(0.0, w=0)})
+    plot(tmp_path / "out", file)
+    assert not (tmp_path / "out" / "anchors.png").exists()
+    assert "no Figure 6" in capsys.readouterr().err
+
+
+def test_scores_of_evaluate_are_read(tmp_path):
+    """From pictures to the figure, with the tiny world's metric models."""
+    examples = ROOT / "examples"
+    data = examples / "tiny_world" / "dataset"
+    for name, w in (("plain", 0), ("sap", 0.5)):
+        pictures = tmp_path / "images" / name / "ball" / "0"
+        pictures.mkdir(parents=True)
+        shutil.copy(data / "ball" / f"0{2 * w:.0f}.png", pictures / "0.png")
+        (pictures.parents[1] / "manifest.json").write_text(json.dumps({"tags": {"backbone": "sd15", "w": w}}))
+    models = [f"--clip_model={examples / 'tiny_world' / 'clip'}", f"--dino_model={examples / 'tiny_world' / 'vit'}"]
+    paths = [f"--images_dir={tmp_path / 'images'}", f"--data_dir={data}", f"--output_dir={tmp_path}"]
+    runner.reset()
+    evaluate.main(evaluate.parse_args([*paths, *models]))
+    scored = json.loads((tmp_path / "scores.json").read_text())["methods"]
+    rows = plot(tmp_path / "out", tmp_path / "scores.json")
+    assert [row["label"] for row in rows] == ["w = 0", "w = 0.5"]
+    assert rows[1]["clip_i"] == pytest.approx(scored["sap"]["clip_i"]["mean"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"a": method(0)}, None, "no method has a weight"),
+        ({"a": method(0, w=0.5), "b": method(0.1, w=0.5)}, None, "b has the same tags"),
+        ({"a": method(0, w=0.5)}, {"a": method(0, w=0)}, "a is in two files"),
+        ({"a": {"tags": {"w": 1}}}, None, "has no scores of subjects"),
+        ({"a": method(0, w=0.5)}, "other", "scored by other models"),
+        (None, None, "is no scores.json"),
+    ],
+)
+def test_scores_that_cannot_be_used(tmp_path, capsys, first, second, message):
+    files = [write_scores(tmp_path, first) if first else tmp_path / "missing.json"]
+    if second == "other":
+        files.append(write_scores(tmp_path, {"b": method(0, w=0)}, {"clip_model": "another"}))
+    elif second:
+        files.append(write_scores(tmp_path, second))
+    with pytest.raises(SystemExit) as stop:
+        tradeoff.parse_args(["--scores", *map(str, files), f"--output_dir={tmp_path / 'out'}"])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
