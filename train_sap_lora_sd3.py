@@ -47,10 +47,14 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
 import secrets
 import shutil
+import signal
 import sys
+import threading
+import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -59,6 +63,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, tqdm
+from accelerate.utils import load as load_pickle
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -112,14 +117,68 @@ CARD_LICENSE = "other"
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 STATE_FILE = "trainer_state.json"
+# Copied from train_sap_lora_sd15.FINISHED_FILE
+FINISHED_FILE = "finished_run.json"
 DORA_KEY = "lora_magnitude_vector"
 PAPER = "https://arxiv.org/abs/2511.22245"
 SECRETS = {"hub_token"}
+# What may change when a run is resumed: places, output, speed; what the pictures' fingerprint stands for; and the
+# number of steps, which `check_same_run` looks at.
+# Copied from train_sap_lora_sd15.FREE_ON_RESUME
+FREE_ON_RESUME = set(
+    """
+    instance_data_dir dataset_name dataset_config_name image_column caption_column cache_dir dataloader_num_workers
+    with_prior_preservation class_data_dir num_class_images prior_loss_weight prior_generation_precision
+    sample_batch_size pre_compute_text_embeddings max_train_steps num_train_epochs steps_per_epoch local_rank
+    anchor_batch_size gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention
+    output_dir output_kohya_format validation_prompt num_validation_images validation_epochs validation_steps
+    final_validation_prompt skip_final_inference checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+    report_to logging_dir logging_steps push_to_hub hub_model_id compile offload
+    """.split()
+)
 
 
 # Copied from train_sap_lora_sd15.UsageError
 class UsageError(ValueError):
     """Something that the user can mend: the message names the flag or the file, what is wrong and what to do."""
+
+
+# ---- Requests to stop ----
+
+
+# Copied from train_sap_lora_sd15.StopSignals
+class StopSignals:
+    """SIGTERM and SIGINT (Ctrl-C, a scheduler, a spot machine's notice) as a request to stop.
+
+    Inside the `with` block a signal ends the program at once, until `deferring` is set: from then on the first one is
+    only kept in `received`, for `train` to see, and another one does what it would have done outside. Signals of the
+    same second count as one, as a launcher passes on what its processes may have got already.
+    """
+
+    def __init__(self):
+        self.deferring, self.received, self.arrival = False, 0, 0.0
+        self.previous = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def handle(self, number: int, frame) -> None:
+        if not self.deferring:
+            logger.warning(
+                f"{signal.Signals(number).name}: stopped, not in training; nothing was under way to be kept"
+            )
+            sys.exit(128 + number)
+        if not self.received:
+            self.received, self.arrival = number, time.monotonic()
+        elif time.monotonic() - self.arrival > 1:
+            self.__exit__()
+            signal.raise_signal(number)
 
 
 # ---- Command line ----
@@ -821,6 +880,13 @@ def as_list(items: list) -> list:
     return items
 
 
+# Copied from train_sap_lora_sd15.ignore_signals
+def ignore_signals(worker: int) -> None:
+    """Leave requests to stop, which reach a whole group of processes, to the one that trains."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 # ---- Components, in stages: text encoders, then the VAE, then the denoiser ----
 
 
@@ -832,6 +898,8 @@ class Run:
     args: argparse.Namespace
     accelerator: Accelerator
     images: SubjectImages
+    record: dict = dataclasses.field(default_factory=dict)  # of `describe_run`, for checkpoints
+    signals: StopSignals = dataclasses.field(default_factory=StopSignals)
     scheduler: SchedulerMixin | None = None
     text_pipeline: PIPELINE_CLASS | None = None
     embeddings: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)  # of each prompt
@@ -1098,6 +1166,21 @@ def to_file_keys(name: str, layers: dict[str, torch.Tensor]) -> dict[str, torch.
     return {key.replace(DORA_KEY, f"{DORA_KEY}.weight"): tensor for key, tensor in layers.items()}
 
 
+# Copied from train_sap_lora_sd15.replacing
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to inside, which then takes the place of `path`: until it is whole and on the disk, an older
+    file stays."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        flush_to_disk(partial)
+        os.replace(partial, path)
+        flush_to_disk(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 # Copied from train_sap_lora_sd15.write_lora
 def write_lora(run: Run, folder: Path) -> None:
     """Write the LoRA for `load_lora_weights`; an older file stays whole until the new one is complete."""
@@ -1108,9 +1191,8 @@ def write_lora(run: Run, folder: Path) -> None:
         metadata = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank}
         metadata |= {"target_modules": lora_targets(args, name)} | ({"use_dora": True} if args.use_dora else {})
         arguments[f"{name}_lora_adapter_metadata"] = metadata
-    partial = f"{LORA_FILE}.partial"
-    PIPELINE_CLASS.save_lora_weights(folder, **arguments, weight_name=partial)
-    os.replace(folder / partial, folder / LORA_FILE)
+    with replacing(folder / LORA_FILE) as partial:
+        PIPELINE_CLASS.save_lora_weights(folder, **arguments, weight_name=partial.name)
 
 
 # Copied from train_sap_lora_sd15.read_lora
@@ -1289,7 +1371,9 @@ def micro_steps(run: Run, start: int) -> Iterator[tuple[MicroStep, torch.Tensor 
     sampler = MicroStepSampler(images, args, accelerator.process_index, accelerator.num_processes)
     sampler.start, sampler.stop = start // size * size, math.ceil(stop / size) * size
     workers = 0 if images.cacheable else args.dataloader_num_workers
-    loader = torch.utils.data.DataLoader(images, batch_sampler=sampler, collate_fn=as_list, num_workers=workers)
+    loader = torch.utils.data.DataLoader(
+        images, batch_sampler=sampler, collate_fn=as_list, num_workers=workers, worker_init_fn=ignore_signals
+    )
     numbered = enumerate(loader, sampler.start)
     while group := list(itertools.islice(numbered, size)):
         steps = [draw_micro_step(run, i, items) for i, items in group]
@@ -1354,8 +1438,11 @@ def train(run: Run, checkpoint: Path | None, start: int) -> list[Image.Image]:
     student, optimizer, lr_scheduler = accelerator.prepare(student, optimizer, make_lr_scheduler(optimizer, args))
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
+        accelerator.step = 0  # of micro-steps: one that was stopped between two optimizer steps had begun to count
+    run.signals.deferring = True
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     accumulation, pictures, terms = args.gradient_accumulation_steps, [], []
+    global_step = start
     progress = tqdm(total=args.max_train_steps, initial=start, desc="Steps")
     for step, anchor in micro_steps(run, start * accumulation):
         # LoRA dropout draws from the global generator: key that too.
@@ -1368,16 +1455,20 @@ def train(run: Run, checkpoint: Path | None, start: int) -> list[Image.Image]:
             optimizer.step()
             optimizer.zero_grad()
         terms.append(torch.stack([term.detach() for term in (loss, *parts) if term is not None]))
-        if not accelerator.sync_gradients:
-            continue
-        global_step = (step.index + 1) // accumulation
-        log_step(run, progress, terms, lr_scheduler.get_last_lr()[0], global_step)
-        lr_scheduler.step()
-        terms.clear()
-        if global_step % args.checkpointing_steps == 0:
-            save_checkpoint(run, global_step)
-        if validation_is_due(args, global_step):
+        if accelerator.sync_gradients:
+            global_step = (step.index + 1) // accumulation
+            log_step(run, progress, terms, lr_scheduler.get_last_lr()[0], global_step)
+            lr_scheduler.step()
+            terms.clear()
+            if global_step % args.checkpointing_steps == 0:
+                save_checkpoint(run, global_step)
+        signal_number = agreed_signal(run)
+        if not signal_number and accelerator.sync_gradients and validation_is_due(args, global_step):
             pictures = validate(run, args.validation_prompt, "validation", global_step)
+            signal_number = agreed_signal(run)
+        if signal_number:
+            stop(run, start, global_step, signal_number)
+    run.signals.deferring = False
     progress.close()
     return pictures
 
@@ -1396,6 +1487,42 @@ def log_step(run: Run, progress: tqdm, terms: list[torch.Tensor], lr: float, glo
     run.accelerator.log(logs, step=global_step)
     if not math.isfinite(values[0]):
         raise FloatingPointError(f"the loss of step {global_step} is {values[0]}: lower --learning_rate, or use bf16")
+
+
+# Copied from train_sap_lora_sd15.agreed_signal
+def agreed_signal(run: Run) -> int:
+    """The number of the signal that asked any rank to stop, the same on all ranks, or 0.
+
+    A single process looks after each micro-step; several ask one another, and so only after each optimizer step.
+    """
+    accelerator, received = run.accelerator, run.signals.received
+    if accelerator.num_processes == 1:
+        return received
+    if not accelerator.sync_gradients:
+        return 0
+    return int(accelerator.gather(torch.tensor([received], device=run.device)).max())
+
+
+# Copied from train_sap_lora_sd15.stop
+def stop(run: Run, start: int, global_step: int, signal_number: int) -> None:
+    """Keep what was trained, as the signal asked: a checkpoint of the last optimizer step and the LoRA so far.
+
+    Micro-steps after that step have changed nothing but gradients: they are drawn again when the run goes on.
+
+    Raises:
+        SystemExit: always, with the status that a shell gives to a program that ended by this signal.
+    """
+    args, name = run.args, signal.Signals(signal_number).name
+    if global_step > start and global_step % args.checkpointing_steps:
+        save_checkpoint(run, global_step)
+    if run.accelerator.is_main_process and global_step > 0:
+        write_lora(run, Path(args.output_dir))
+    run.accelerator.end_training()
+    logger.warning(
+        f"{name}: stopped after step {global_step} of {args.max_train_steps}. "
+        "To go on, add --resume_from_checkpoint latest to the same command"
+    )
+    sys.exit(128 + signal_number)
 
 
 # Copied from train_sap_lora_sd15.validation_is_due
@@ -1430,13 +1557,36 @@ def register_checkpoint_hooks(run: Run) -> None:
     run.accelerator.register_load_state_pre_hook(load)
 
 
+# Copied from train_sap_lora_sd15.read_json
+def read_json(path: Path) -> dict:
+    """What a JSON file holds; empty if it is not there or not whole."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+# Copied from train_sap_lora_sd15.file_sizes
+def file_sizes(folder: Path, pattern: str = "*") -> dict[str, int]:
+    """The size of each file in a folder, by name."""
+    return {path.name: path.stat().st_size for path in folder.glob(pattern) if path.is_file()}
+
+
+# Copied from train_sap_lora_sd15.is_complete
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a folder is a checkpoint and holds all that was written into it."""
+    state = read_json(checkpoint / STATE_FILE)
+    return "global_step" in state and state.get("files", {}).items() <= file_sizes(checkpoint).items()
+
+
 # Copied from train_sap_lora_sd15.list_checkpoints
-def list_checkpoints(output_dir: Path) -> dict[int, Path]:
-    """Complete checkpoints of an output folder by step, in order; anything else that is there is left alone."""
+def list_checkpoints(output_dir: Path, complete: bool = True) -> dict[int, Path]:
+    """Checkpoints of an output folder by step, in order; anything else that is there is left alone."""
     found = {}
     for path in output_dir.glob("checkpoint-*"):
         number = path.name.removeprefix("checkpoint-")
-        if number.isdigit() and (path / STATE_FILE).is_file():
+        if number.isdigit() and is_complete(path) == complete:
             found[int(number)] = path
     return dict(sorted(found.items()))
 
@@ -1455,12 +1605,11 @@ def save_checkpoint(run: Run, global_step: int) -> None:
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
-    (partial / STATE_FILE).write_text(json.dumps({"global_step": global_step, "seed": args.seed}))
-    replaced = output_dir / f".{final.name}.old"
-    if final.exists():  # of an older run in the same folder
-        os.replace(final, replaced)
-    os.replace(partial, final)
-    shutil.rmtree(replaced, ignore_errors=True)
+    state = {"global_step": global_step, "seed": args.seed, "files": file_sizes(partial), **run.record}
+    (partial / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    for path in (*partial.iterdir(), partial):
+        flush_to_disk(path)
+    publish(partial, final)
     logger.info(f"Checkpoint: {final}")
     older = [path for step, path in list_checkpoints(output_dir).items() if step < global_step]
     if args.checkpoints_total_limit is not None:
@@ -1468,26 +1617,221 @@ def save_checkpoint(run: Run, global_step: int) -> None:
             shutil.rmtree(path)
 
 
+# Copied from train_sap_lora_sd15.flush_to_disk
+def flush_to_disk(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk now.
+
+    Without it a rename may outlive a power cut that the content of the renamed file does not.
+    """
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # Not every network file system can do it for a folder, and it is no loss there.
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# Copied from train_sap_lora_sd15.publish
+def publish(partial: Path, final: Path) -> None:
+    """Give a complete checkpoint its name. At each moment in between it is whole under one name or another."""
+    replaced = final.with_name(f".{final.name}.old")
+    if final.exists():  # of an older run in the same folder
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(final, replaced)
+    os.replace(partial, final)
+    flush_to_disk(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+# Copied from train_sap_lora_sd15.tidy_checkpoints
+def tidy_checkpoints(output_dir: Path) -> None:
+    """Bring an output folder in order after a run that was killed while it wrote or replaced a checkpoint."""
+    for partial in sorted(output_dir.glob(".checkpoint-*.partial")):
+        final = output_dir / partial.name[1:].removesuffix(".partial")
+        if is_complete(partial):
+            publish(partial, final)
+        else:
+            logger.warning(f"{final} was not complete when the last run ended: it is skipped")
+            shutil.rmtree(partial)
+    for replaced in sorted(output_dir.glob(".checkpoint-*.old")):
+        final = output_dir / replaced.name[1:].removesuffix(".old")
+        if final.exists():
+            shutil.rmtree(replaced)
+        else:
+            os.replace(replaced, final)
+
+
 # Copied from train_sap_lora_sd15.find_checkpoint
-def find_checkpoint(args: argparse.Namespace) -> Path | None:
+def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` means: "latest", a name in the output folder, or a path.
 
     Raises:
-        UsageError: if a named one is not there or not complete.
+        UsageError: if a named one is not there or not complete, or holds what this script did not write.
     """
-    wanted = args.resume_from_checkpoint
+    wanted, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
+    if accelerator.is_main_process:
+        tidy_checkpoints(output_dir)
+    accelerator.wait_for_everyone()
     if wanted is None:
         return None
-    output_dir = Path(args.output_dir)
     if wanted == "latest":
         checkpoints = list(list_checkpoints(output_dir).values())
+        for path in list_checkpoints(output_dir, complete=False).values():
+            logger.warning(f"{path} is not complete: it is skipped")
         if not checkpoints:
             logger.info(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint, the run starts at step 0")
-        return checkpoints[-1] if checkpoints else None
-    for path in (Path(wanted), output_dir / wanted):
-        if (path / STATE_FILE).is_file():
+            return None
+        check_pickles(checkpoints[-1])
+        return checkpoints[-1]
+    for path in (output_dir / wanted, Path(wanted)):
+        if is_complete(path):
+            check_pickles(path)
             return path
     raise UsageError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there or in {output_dir}")
+
+
+# Copied from train_sap_lora_sd15.check_pickles
+def check_pickles(checkpoint: Path) -> None:
+    """Read what accelerate keeps as pickles (the optimizer, its schedule, random states) as plain data, before use.
+
+    Raises:
+        UsageError: for one that is damaged, or holds anything but numbers and tensors, or was put there by others.
+    """
+    files = read_json(checkpoint / STATE_FILE).get("files")
+    for path in sorted(checkpoint.rglob("*")):
+        if path.suffix not in (".bin", ".pkl", ".pickle", ".pt", ".pth", ".ckpt"):
+            continue
+        foreign = path.name.startswith("custom_checkpoint") or (files is not None and path.name not in files)
+        reason = "this script did not write it" if foreign else None
+        try:
+            load_pickle(path, map_location="cpu")  # with weights_only=True
+        except pickle.UnpicklingError:
+            reason = "it holds Python code, or is damaged"
+        except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+            reason = f"it is damaged ({str(error).splitlines()[0]})" if str(error) else "it is damaged"
+        if reason is not None:
+            raise UsageError(f"--resume_from_checkpoint {checkpoint}: {path.name} is refused, {reason}")
+
+
+# ---- Resuming: what makes two runs the same ----
+
+
+# Copied from train_sap_lora_sd15.content_digest
+def content_digest(source: Path | Image.Image) -> str:
+    """A short hash of a picture's file, or of its pixels where it comes from a dataset."""
+    content = source.read_bytes() if isinstance(source, Path) else repr((source.mode, source.size)).encode()
+    content += b"" if isinstance(source, Path) else source.tobytes()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+# Copied from train_sap_lora_sd15.base_identity
+def base_identity(args: argparse.Namespace) -> str:
+    """The base pipeline as a checkpoint records it: its name on the hub, or what a local folder holds, moved or not.
+
+    Of each file of its parts the name, the size and the first megabyte count.
+    """
+    base = Path(args.pretrained_model_name_or_path)
+    if not base.is_dir():
+        return args.pretrained_model_name_or_path
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(path for part in BASE_PARTS for path in (base / part).rglob("*") if path.is_file()):
+        digest.update(repr((path.relative_to(base).as_posix(), path.stat().st_size)).encode())
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+    return f"a folder with the content {digest.hexdigest()}"
+
+
+# Copied from train_sap_lora_sd15.describe_run
+def describe_run(args: argparse.Namespace, images: SubjectImages, accelerator: Accelerator) -> dict:
+    """What a checkpoint records of its run, as JSON has it: all that its result depends on.
+
+    That is every flag but those of `FREE_ON_RESUME` and secrets, and for each picture in its order the name, a hash
+    of the content, the caption and the anchor caption.
+    """
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME | SECRETS}
+    settings["pretrained_model_name_or_path"] = base_identity(args)
+    settings["mixed_precision"] = accelerator.mixed_precision
+    settings["num_processes"] = accelerator.num_processes
+    pictures = []
+    for i, source in enumerate(images.images):
+        name = source.name if isinstance(source, Path) else f"picture {i}"
+        pictures.append([name, content_digest(source), images.captions[i], images.anchor_captions[i]])
+    record = {"max_train_steps": args.max_train_steps, "settings": settings, "pictures": pictures}
+    return json.loads(json.dumps(record))
+
+
+# Copied from train_sap_lora_sd15.differences
+def differences(was: dict, now: dict) -> list[str]:
+    """How the records of two runs differ, each in a few words. Flags that one does not know are left out."""
+    before, after = was["settings"], now["settings"]
+    names = [name for name in after if name in before and before[name] != after[name]]
+    found = [f"--{name} was {before[name]}, is {after[name]}" for name in names]
+    steps = [was["max_train_steps"], now["max_train_steps"]]
+    if steps[0] != steps[1] and not after["lr_scheduler"].startswith("constant"):
+        found.append(f"--max_train_steps was {steps[0]}, is {steps[1]}, on which --lr_scheduler depends")
+    if [row[0] for row in was["pictures"]] != [row[0] for row in now["pictures"]]:
+        lists = [", ".join(row[0] for row in record["pictures"]) for record in (was, now)]
+        return [*found, f"the pictures were {lists[0]}, are {lists[1]}"]
+    for one, other in zip(was["pictures"], now["pictures"], strict=True):
+        if one[1] != other[1]:
+            found.append(f"{one[0]} is another picture")
+        if one[2:] != other[2:]:
+            found.append(f"the captions of {one[0]} were {one[2:]}, are {other[2:]}")
+    return found
+
+
+# Copied from train_sap_lora_sd15.check_same_run
+def check_same_run(record: dict, state: dict, checkpoint: Path) -> None:
+    """Compare this run (`describe_run`) with that of a checkpoint.
+
+    Raises:
+        UsageError: if going on would silently make the result of neither run; it names each difference.
+    """
+    flag = f"--resume_from_checkpoint {checkpoint}"
+    if "settings" not in state:
+        logger.warning(f"{flag} does not record its settings: whether this run has the same ones is not checked")
+        return
+    before, after = state["settings"]["num_processes"], record["settings"]["num_processes"]
+    if before != after:
+        raise UsageError(
+            f"{flag} was trained by {before} processes, this run has {after}: a step would see {after} batches where "
+            f"it saw {before}, and other ones; start {before} processes, or a new run in another --output_dir"
+        )
+    found = differences(state, record)
+    if found:
+        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+        raise UsageError(
+            f"{flag} is of another run: {'; '.join(found[:3])}{more}; go on with what was, or start a new run in "
+            "another --output_dir"
+        )
+
+
+# Copied from train_sap_lora_sd15.read_finished
+def read_finished(args: argparse.Namespace) -> dict:
+    """What `mark_finished` left in the output folder, if `latest` is to go on there and its LoRA is still in place."""
+    folder = Path(args.output_dir)
+    record = read_json(folder / FINISHED_FILE) if args.resume_from_checkpoint == "latest" else {}
+    return record if record.get("files", {}).items() <= file_sizes(folder).items() else {}
+
+
+# Copied from train_sap_lora_sd15.is_finished
+def is_finished(args: argparse.Namespace, record: dict, finished: dict) -> bool:
+    """Whether the run that ended in the output folder is this one, as far as this one is to go, with all its files."""
+    if not finished or differences(finished, record) or finished["max_train_steps"] < args.max_train_steps:
+        return False
+    return not args.output_kohya_format or any("kohya" in name for name in finished["files"])
+
+
+# Copied from train_sap_lora_sd15.mark_finished
+def mark_finished(args: argparse.Namespace, record: dict) -> None:
+    """Leave word that the run is at its end, for `read_finished`."""
+    folder = Path(args.output_dir)
+    record = {"seed": args.seed, "files": file_sizes(folder, "pytorch_lora_weights*.safetensors"), **record}
+    with replacing(folder / FINISHED_FILE) as partial:
+        partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 # ---- Pictures, card, upload ----
@@ -1558,7 +1902,8 @@ def write_model_card(args: argparse.Namespace, pictures: list[Image.Image], prom
     """Write README.md, which the hub shows as the model's page, and the pictures it shows."""
     folder = Path(args.output_dir)
     for i, picture in enumerate(pictures):
-        picture.save(folder / f"image_{i}.png")
+        with replacing(folder / f"image_{i}.png") as partial:
+            picture.save(partial, format="PNG")
     tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *card_tags(args)]
     data = ModelCardData(
         base_model=args.pretrained_model_name_or_path,
@@ -1590,7 +1935,8 @@ pipeline.load_lora_weights({(args.hub_model_id or args.output_dir)!r}, weight_na
 image = pipeline.to("cuda")({(prompt or args.instance_prompt)!r}).images[0]
 ```
 """
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    with replacing(folder / "README.md") as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 # Copied from train_sap_lora_sd15.open_repo
@@ -1708,19 +2054,33 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         UsageError: for what the user can mend, before a model is loaded where it can be known then.
     """
-    args = argparse.Namespace(**vars(args))
+    with StopSignals() as signals:
+        run_stages(argparse.Namespace(**vars(args)), signals)
+
+
+# Copied from train_sap_lora_sd15.run_stages
+def run_stages(args: argparse.Namespace, signals: StopSignals) -> None:
+    """What `main` does; `args` is settled on the way."""
     accelerator = start_accelerator(args)
     warn_about_arguments(args)
     check_pipeline(args)
-    checkpoint = find_checkpoint(args)
-    state = json.loads((checkpoint / STATE_FILE).read_text()) if checkpoint is not None else {}
+    checkpoint, finished = find_checkpoint(args, accelerator), read_finished(args)
+    state = read_json(checkpoint / STATE_FILE) if checkpoint is not None else {}
     start = state.get("global_step", 0)
-    args.seed = choose_seed(args, state)
+    args.seed = choose_seed(args, state or finished)
     images = load_subject_images(args)
     plan(args, images, accelerator.num_processes)
+    record = describe_run(args, images, accelerator)
+    if is_finished(args, record, finished):
+        logger.info(
+            f"{args.output_dir} holds the finished run of {finished['max_train_steps']} steps: nothing is left"
+        )
+        return
+    if checkpoint is not None:
+        check_same_run(record, state, checkpoint)
     repo_id = open_repo(args) if args.push_to_hub and accelerator.is_main_process else None
 
-    run = Run(args, accelerator, images)
+    run = Run(args, accelerator, images, record, signals)
     for stage in (encode_texts, encode_images, load_denoiser, add_adapters):
         stage(run)
         free_memory()  # of what the stage let go
@@ -1729,8 +2089,12 @@ def main(args: argparse.Namespace) -> None:
     start_trackers(accelerator, args)
     if start >= args.max_train_steps:
         logger.info(f"{checkpoint} already has {start} of {args.max_train_steps} steps: nothing is left to train")
+    if accelerator.is_main_process:
+        (Path(args.output_dir) / FINISHED_FILE).unlink(missing_ok=True)
     pictures = train(run, checkpoint, start)
     finish(run, pictures, repo_id)
+    if accelerator.is_main_process:
+        mark_finished(args, record)
     accelerator.end_training()
 
 

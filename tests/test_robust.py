@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens to a run that is stopped, killed or goes wrong: nothing is lost, and the reason is said."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+from runner import assert_equal, flags, lora, train
+
+import train_sap_lora_sd15 as sap
+
+SCRIPT = "train_sap_lora_sd15"
+ACCUMULATED = ["--gradient_accumulation_steps=2", "--lora_dropout=0.2", "--lr_scheduler=cosine", "--lr_warmup_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(sd15, photos, tmp_path_factory) -> Path:
+    """A run of 4 steps of 2 micro-steps."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    train(SCRIPT, flags(sd15, photos, output, *ACCUMULATED, steps=4))
+    return output
+
+
+def send_at(monkeypatch, micro_step: int, *numbers: int) -> None:
+    """Send signals to this process during a micro-step of the next run."""
+    loss_terms = sap.loss_terms
+
+    def disturbed(step, *rest):
+        if step.index == micro_step:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return loss_terms(step, *rest)
+
+    monkeypatch.setattr(sap, "loss_terms", disturbed)
+
+
+@pytest.mark.parametrize(
+    ("number", "micro_step", "kept"),
+    [(signal.SIGTERM, 3, 2), (signal.SIGINT, 4, 2), (signal.SIGTERM, 1, 1), (signal.SIGINT, 7, 4)],
+)
+def test_a_run_that_is_asked_to_stop_goes_on_later(
+    number, micro_step, kept, undisturbed, sd15, photos, tmp_path, monkeypatch, caplog
+):
+    arguments = flags(sd15, photos, tmp_path, *ACCUMULATED, steps=4)
+    handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
+        send_at(patched, micro_step, number)
+        train(SCRIPT, arguments)
+    assert stopped.value.code == 128 + number
+    assert handlers == [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    assert (
+        f"{number.name}: stopped after step {kept} of 4. To go on, add --resume_from_checkpoint latest" in caplog.text
+    )
+    assert list(sap.list_checkpoints(tmp_path)) == [kept]
+    assert_equal(lora(tmp_path), lora(tmp_path / f"checkpoint-{kept}"))
+    train(SCRIPT, [*arguments, "--resume_from_checkpoint=latest"])
+    assert_equal(lora(tmp_path), lora(undisturbed))
+
+
+def test_a_stop_before_the_first_step_is_done_leaves_nothing(sd15, photos, tmp_path, monkeypatch, caplog):
+    send_at(monkeypatch, 0, signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        train(SCRIPT, flags(sd15, photos, tmp_path, *ACCUMULATED))
+    assert "stopped after step 0 of 2" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_signal_stops_at_once(sd15, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(sap.time, "monotonic", iter(range(0, 1000, 10)).__next__)
+    send_at(monkeypatch, 1, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(SCRIPT, flags(sd15, photos, tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_launcher_that_passes_a_signal_on_does_not_stop_at_once(sd15, photos, tmp_path, monkeypatch):
+    send_at(monkeypatch, 1, signal.SIGINT, signal.SIGINT, signal.SIGTERM)
+    with pytest.raises(SystemExit, match="130"):
+        train(SCRIPT, flags(sd15, photos, tmp_path))
+    assert lora(tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["load_subject_images", "load_vae", "finish"])
+def test_a_signal_outside_of_training_stops_at_once(stage, sd15, photos, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sap, stage, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit, match="143"):
+        train(SCRIPT, flags(sd15, photos, tmp_path))
+    assert "SIGTERM: stopped, not in training" in caplog.text
+
+
+def test_training_in_a_thread_leaves_signals_alone(sd15, photos, tmp_path):
+    thread = threading.Thread(target=train, args=(SCRIPT, flags(sd15, photos, tmp_path, steps=1)))
+    thread.start()
+    thread.join()
+    assert lora(tmp_path)
+
+
+def test_a_stop_reaches_a_run_whose_pictures_other_processes_prepare(sd15, photos, tmp_path, monkeypatch):
+    loss_terms = sap.loss_terms
+
+    def disturbed(step, *rest):
+        if step.index == 1:
+            for worker in sap.torch.multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss_terms(step, *rest)
+
+    monkeypatch.setattr(sap, "loss_terms", disturbed)
+    more = ["--dataloader_num_workers=1", "--resolution=32"]
+    arguments = [one for one in flags(sd15, photos, tmp_path, *more, steps=4) if one != "--center_crop"]
+    with pytest.raises(SystemExit, match="143"):
+        train(SCRIPT, arguments)
+    assert list(sap.list_checkpoints(tmp_path)) == [2]
