@@ -186,6 +186,7 @@ def run_job(job: Job, cpus: int, gpus: float) -> Outcome:
 def start_ray(args: argparse.Namespace) -> None:
     """Join the cluster or start Ray here, with nothing listening to the outside and nothing sent home."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_worker_niceness", "0")  # by default its workers give way to everything else
     local = {} if args.ray_address else {"include_dashboard": False}
     ray.init(address=args.ray_address, log_to_driver=False, logging_level="ERROR", **local)
     have = ray.cluster_resources()
