@@ -33,7 +33,7 @@ if folder.name == "fish" and "--mend" not in sys.argv:
 def scripts():
     """The example's modules, which import one another by name."""
     sys.path.insert(0, str(FOLDER))
-    names = ["benchmark", "train", "generate", "prior_preservation"]
+    names = ["benchmark", "train", "generate", "prior_preservation", "evaluate", "table", "report"]
     for name in names:
         sys.modules.pop(name, None)  # examples/tiny_world has a train.py too
     yield {name: importlib.import_module(name) for name in names}
@@ -233,6 +233,31 @@ def test_prior_preservation_trains_resumes_and_is_a_method(scripts, tmp_path):
     assert any(tensor.abs().max() > 1e-4 for key, tensor in lora(tmp_path / "ball").items() if ".up." in key)
     told = generate(scripts, tmp_path, "prior", "--loras", str(tmp_path / "{subject}"))
     assert len(told["images"]) == 2
+
+
+def test_the_whole_way_from_the_loras_to_the_page(scripts, loras, tmp_path):
+    """Two subjects, one seed, few steps: what RESULTS.md does at length."""
+    images, results = tmp_path / "images", tmp_path / "results"
+    both = {"subjects": ("ball", "fish")}
+    generate(scripts, images, "base", "--tags", "backbone=sd15", **both)
+    for w in ("0", "0.5"):
+        tags = ["--tags", "backbone=sd15", f"w={w}", "anchor=pretrained", "seed=0"]
+        pattern = str(loras / f"sd15-w{w}-pretrained-seed0" / "{subject}")
+        generate(scripts, images, f"w{w}", "--loras", pattern, *tags, **both)
+    where = [f"--images_dir={images}", f"--data_dir={DATA}"]
+    models = [f"--clip_model={WORLD / 'clip'}", f"--dino_model={WORLD / 'vit'}", f"--output_dir={results}"]
+    scripts["evaluate"].main(scripts["evaluate"].parse_args([*where, *models]))
+    methods = json.loads((results / "scores.json").read_text())["methods"]
+    assert set(methods) == {"base", "w0", "w0.5"}
+    assert all(-1 <= methods[m][metric]["mean"] <= 1 for m in methods for metric in ("clip_i", "clip_t", "dino"))
+    scores = str(results / "scores.json")
+    scripts["table"].main(scripts["table"].parse_args([scores, f"--output={results / 'table.md'}"]))
+    assert all(f"| {method} " in (results / "table.md").read_text() for method in methods)
+    scripts["report"].main(scripts["report"].parse_args([scores, *where, f"--output={tmp_path / 'report.html'}"]))
+    assert "a photo of a ball on the grass" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    command = [sys.executable, str(ROOT / "examples" / "analysis" / "tradeoff.py"), f"--scores={scores}"]
+    subprocess.run([*command, f"--output_dir={tmp_path}", "--bootstrap_samples=100"], check=True)
+    assert (tmp_path / "tradeoff.png").is_file()
 
 
 def test_the_command_lines_answer():
