@@ -62,7 +62,6 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data_dir", type=Path, required=True, help="DreamBench: a folder of references a subject")
     add("--prompts_file", type=Path, help="prompts and classes; DATA_DIR/prompts_and_classes.txt by default")
     add("--output_dir", type=Path, required=True, help="where scores.json and the tables go")
-    add("--token_text", default="", help="what CLIP-T's prompts have in place of the token: nothing, or an article")
     add("--methods", nargs="+", metavar="METHOD", help="folders of IMAGES_DIR to score; all by default")
     add("--clip_model", default="openai/clip-vit-base-patch32", help="CLIP for CLIP-I and CLIP-T; a name or a folder")
     add("--dino_model", default="facebook/dino-vits16", help="ViT whose CLS feature is compared; a name or a folder")
@@ -134,7 +133,7 @@ def method_pictures(args: argparse.Namespace, folder: Path) -> Iterator[Picture]
         references = benchmark.references(subject.name)
         if not references:
             raise ValueError(f"{subject}: no references to compare with in {benchmark.folder / subject.name}")
-        prompts = benchmark.prompts(subject.name, args.token_text)
+        prompts = benchmark.prompts(subject.name)
         basis = [*models, *map(file_state, references)]
         for index in subfolders(subject):
             if not index.name.isdecimal() or int(index.name) >= len(prompts):
@@ -327,7 +326,7 @@ def summarise(args: argparse.Namespace, rows: Rows) -> dict:
         summary = {name: dict(zip(("mean", "low", "high"), numbers, strict=True)) for name, *numbers in columns}
         methods[method] = {"tags": read_tags(args.images_dir / method), "images": len(own), **summary}
         methods[method]["subjects"] = subjects
-    models = {name: getattr(args, name) for name in ("clip_model", "dino_model", "dino_preprocessing", "token_text")}
+    models = {name: getattr(args, name) for name in ("clip_model", "dino_model", "dino_preprocessing")}
     intervals = {"bootstrap_samples": args.bootstrap_samples, "seed": args.seed}
     return {"metrics": models, "intervals": intervals, "methods": methods}
 

@@ -144,7 +144,7 @@ def address(args: argparse.Namespace, file: Path) -> str:
 
 def subject_grid(args: argparse.Namespace, subject: str) -> Grid:
     benchmark: Benchmark = args.benchmark
-    prompts = benchmark.prompts(subject, args.metrics.get("token_text", ""))
+    prompts = benchmark.prompts(subject)
     lines = []
     for method in shown_methods(args):
         folder = args.images_dir / method.name / subject
