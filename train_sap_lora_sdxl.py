@@ -39,6 +39,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import logging
@@ -58,10 +59,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list, tqdm
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DynamoBackend,
+    ProjectConfiguration,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+    tqdm,
+)
 from accelerate.utils import load as load_pickle
 from diffusers import (
     AutoencoderKL,
+    BitsAndBytesConfig,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
@@ -109,6 +118,7 @@ DENOISER_TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_v_pro
 TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 KOHYA_PARTS = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight", "magnitude_vector": "dora_scale"}
+COMPILED_BLOCKS = {"BasicTransformerBlock"}
 FINAL_SAMPLING = {"num_inference_steps": 25}
 LATENT_STRIDE = 8  # pixels an edge of a latent stands for
 BACKBONE_DEFAULTS = {"resolution": 1024, "learning_rate": 1e-4, "adam_weight_decay": 1e-4}
@@ -292,6 +302,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--snr_gamma", type=float, help="Min-SNR weighting of both loss terms, 5.0 in its paper (arXiv 2303.09556).")
     add("--allow_tf32", action="store_true", help="Let Ampere and newer GPUs multiply in TF32.")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers' attention.")
+    add("--bnb_quantization_config_path", type=str,
+        help="JSON file of diffusers' BitsAndBytesConfig: the frozen denoiser in 4 or 8 bits, on a GPU.")  # fmt: skip
+    add("--compile", action="store_true", help="Compile the denoiser's blocks: minutes at first, then faster steps.")
     add("--dataloader_num_workers", type=int, default=0, help="Processes that prepare random crops.")
     add("--local_rank", type=int, default=-1, help="Set by launchers.")
 
@@ -332,6 +345,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoints_total_limit", type=int, help="How many checkpoints stay on disk.")
     add("--resume_from_checkpoint", type=str, help='A checkpoint\'s folder or name, or "latest".')
     add("--report_to", type=str, default="tensorboard", help="tensorboard, wandb, comet_ml, all or none.")
+    add("--logging_steps", type=int, default=1, help="Fetch the losses from the device every so many steps.")
     add("--logging_dir", type=str, default="logs", help="Folder of the logs, inside the output folder.")
     add("--push_to_hub", action="store_true", help="Upload the LoRA, its card and its pictures; nothing else.")
     add("--hub_token", type=str, help="Token for that; `hf auth login` is safer.")
@@ -370,7 +384,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 NUMBER_RANGES = {
     ("at least 1", lambda x: x >= 1): "train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps "
     "rank repeats anchor_batch_size checkpointing_steps checkpoints_total_limit validation_epochs validation_steps "
-    "resolution",
+    "resolution logging_steps",
     ("finite and at least 0", lambda x: 0 <= x < math.inf): "anchor_weight learning_rate text_encoder_lr seed "
     "lr_warmup_steps dataloader_num_workers num_validation_images adam_weight_decay adam_weight_decay_text_encoder",
     ("finite and above 0", lambda x: 0 < x < math.inf): "lora_alpha snr_gamma adam_epsilon max_grad_norm",
@@ -439,6 +453,7 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     packages = {
         "--optimizer prodigy": ("prodigyopt", args.optimizer.lower() == "prodigy"),
         "--use_8bit_adam": ("bitsandbytes", args.use_8bit_adam),
+        "--bnb_quantization_config_path": ("bitsandbytes", args.bnb_quantization_config_path is not None),
         "--enable_xformers_memory_efficient_attention": ("xformers", args.enable_xformers_memory_efficient_attention),
         "--report_to tensorboard": ("tensorboard", args.report_to == "tensorboard"),
         "--report_to wandb": ("wandb", args.report_to == "wandb"),
@@ -447,10 +462,40 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     for flag, (package, wanted) in packages.items():
         if wanted and importlib.util.find_spec(package) is None:
             raise UsageError(f"{flag} needs the package {package}, which is not installed: pip install {package}")
+    quantization_config(args)
     if args.report_to == "wandb" and args.hub_token is not None:
         raise UsageError("--report_to wandb together with --hub_token would show the token: use `hf auth login`")
     if args.lora_layers is not None and not all(name.strip() for name in args.lora_layers.split(",")):
         raise UsageError(f'--lora_layers: write names with commas between them, "to_k,to_v", not "{args.lora_layers}"')
+
+
+# Copied from train_sap_lora_sd15.quantization_config
+def quantization_config(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> BitsAndBytesConfig | None:
+    """What `--bnb_quantization_config_path` says; 4-bit weights compute in `dtype` unless the file says otherwise.
+
+    Raises:
+        UsageError: if the file is not a JSON object of BitsAndBytesConfig's arguments, or there is no GPU.
+    """
+    if args.bnb_quantization_config_path is None:
+        return None
+    flag, wanted = f"--bnb_quantization_config_path {args.bnb_quantization_config_path}", '{"load_in_4bit": true}'
+    try:
+        options = json.loads(read_text(Path(args.bnb_quantization_config_path)))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{flag} cannot be read as JSON, such as {wanted}: {error}") from error
+    known = [*inspect.signature(BitsAndBytesConfig).parameters][:-1]  # the last one takes everything else
+    unknown = sorted(set(options) - set(known)) if isinstance(options, dict) else [type(options).__name__]
+    if unknown:
+        raise UsageError(f"{flag}: {', '.join(unknown)} is none of BitsAndBytesConfig's {', '.join(known)}")
+    if not options.get("load_in_4bit") and not options.get("load_in_8bit"):
+        raise UsageError(f"{flag} must ask for load_in_4bit or load_in_8bit, such as {wanted}")
+    try:
+        config = BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": dtype} | options)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"{flag}: {error}") from error
+    if not torch.accelerator.is_available():
+        raise UsageError(f"{flag}: diffusers quantises on a GPU only, and there is none: leave the flag out")
+    return config
 
 
 def check_backbone_arguments(args: argparse.Namespace) -> None:
@@ -1084,14 +1129,37 @@ def encode_images(run: Run) -> None:
 # Copied from train_sap_lora_sd15.load_denoiser
 def load_denoiser(run: Run) -> None:
     """Third stage: the frozen denoiser, in the run's precision."""
-    args = run.args
+    args, config = run.args, quantization_config(run.args, run.dtype)
+    placed = {} if config is None else {"quantization_config": config, "device_map": {"": run.device}}
     run.denoiser = DENOISER_CLASS.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder=DENOISER, **hub_files(args), dtype=run.dtype
-    ).to(run.device)
+        args.pretrained_model_name_or_path, subfolder=DENOISER, **hub_files(args), dtype=run.dtype, **placed
+    )
+    if config is None:  # quantised weights are quantised on the device, and stay there
+        run.denoiser.to(run.device)
     if args.enable_xformers_memory_efficient_attention:
         run.denoiser.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
         run.denoiser.enable_gradient_checkpointing()
+    compile_blocks(run)
+
+
+# Copied from train_sap_lora_sd15.compile_blocks
+def compile_blocks(run: Run) -> None:
+    """Compile the denoiser's transformer blocks at their first call, if `--compile` asks for it.
+
+    Blocks that are alike share a graph, and no name changes. `accelerate launch --dynamo_backend` asks for it too and
+    can name another backend than inductor; accelerate itself would compile the student and leave the anchors out.
+    """
+    plugin = TorchDynamoPlugin()  # of the launcher
+    options = plugin.to_kwargs() if plugin.backend != DynamoBackend.NO else {"backend": "inductor"}
+    if not run.args.compile and plugin.backend == DynamoBackend.NO:
+        return
+    # Student, anchors and validation times the widths of a UNet: more graphs than dynamo makes of one function.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    options = {"dynamic": len(set(run.images.windows)) > 1} | options
+    for block in run.denoiser.modules():
+        if type(block).__name__ in COMPILED_BLOCKS:
+            block.compile(**options)
 
 
 # ---- LoRA ----
@@ -1488,6 +1556,7 @@ def train(run: Run, checkpoint: Path | None, start: int) -> list[Image.Image]:
     run.signals.deferring = True
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     accumulation, pictures, terms = args.gradient_accumulation_steps, [], []
+    waiting = []  # for the log: what it shows stays on the device, so that the host can run ahead
     global_step = start
     progress = tqdm(total=args.max_train_steps, initial=start, desc="Steps")
     for step, anchor in micro_steps(run, start * accumulation):
@@ -1503,9 +1572,11 @@ def train(run: Run, checkpoint: Path | None, start: int) -> list[Image.Image]:
         terms.append(torch.stack([term.detach() for term in (loss, *parts) if term is not None]))
         if accelerator.sync_gradients:
             global_step = (step.index + 1) // accumulation
-            log_step(run, progress, terms, lr_scheduler.get_last_lr()[0], global_step)
+            waiting.append((torch.stack(terms).mean(dim=0), lr_scheduler.get_last_lr()[0], global_step))
             lr_scheduler.step()
             terms.clear()
+            if log_is_due(args, global_step):
+                log_steps(run, progress, waiting)
             if global_step % args.checkpointing_steps == 0:
                 save_checkpoint(run, global_step)
         signal_number = agreed_signal(run)
@@ -1513,20 +1584,39 @@ def train(run: Run, checkpoint: Path | None, start: int) -> list[Image.Image]:
             pictures = validate(run, args.validation_prompt, "validation", global_step)
             signal_number = agreed_signal(run)
         if signal_number:
+            log_steps(run, progress, waiting)
             stop(run, start, global_step, signal_number)
     run.signals.deferring = False
     progress.close()
     return pictures
 
 
+# Copied from train_sap_lora_sd15.log_is_due
+def log_is_due(args: argparse.Namespace, global_step: int) -> bool:
+    """Whether losses are fetched after this step: every --logging_steps, and before a checkpoint keeps the LoRA."""
+    kept = global_step % args.checkpointing_steps == 0 or global_step == args.max_train_steps
+    return kept or global_step % args.logging_steps == 0
+
+
+# Copied from train_sap_lora_sd15.log_steps
+def log_steps(run: Run, progress: tqdm, waiting: list[tuple[torch.Tensor, float, int]]) -> None:
+    """Fetch the terms of all optimizer steps that wait, at once, and log each step; nothing waits afterwards."""
+    if not waiting:
+        return
+    terms, rates, numbers = zip(*waiting, strict=True)
+    rows = run.accelerator.reduce(torch.stack(terms), reduction="mean").tolist()
+    for values, lr, global_step in zip(rows, rates, numbers, strict=True):
+        log_step(run, progress, values, lr, global_step)
+    waiting.clear()
+
+
 # Copied from train_sap_lora_sd15.log_step
-def log_step(run: Run, progress: tqdm, terms: list[torch.Tensor], lr: float, global_step: int) -> None:
+def log_step(run: Run, progress: tqdm, values: list[float], lr: float, global_step: int) -> None:
     """Log one optimizer step: the terms of its micro-steps, averaged over them and over the ranks.
 
     Raises:
         FloatingPointError: if the loss is not finite.
     """
-    values = run.accelerator.reduce(torch.stack(terms).mean(dim=0), reduction="mean").tolist()
     logs = dict(zip(("loss", "loss/reconstruction", "loss/anchor"), values, strict=False)) | {"lr": lr}
     progress.update(1)
     progress.set_postfix({name.removeprefix("loss/"): f"{value:.4g}" for name, value in logs.items()})
@@ -2027,6 +2117,7 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / args.logging_dir)),
             step_scheduler_with_optimizer=False,
+            dynamo_backend="no",  # of the whole student: see compile_blocks
             # SDXL reads its text encoders' last layer but one: the LoRA of the first one's last gets no gradient.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder)],
         )

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is there for speed and memory changes neither the LoRA nor the files: compiled blocks, logs fetched late."""
+
+import json
+import math
+
+import copies
+import pytest
+import torch
+from runner import assert_equal, draw, flags, lora, make_run, randomise_adapters, train
+from torch._dynamo.utils import counters
+
+SCRIPTS = [path.stem for path in [copies.ORIGINAL, *copies.SCRIPTS]]
+every_script = pytest.mark.parametrize("script", SCRIPTS)
+
+
+@pytest.fixture(scope="session")
+def bases(sd15, tmp_path_factory):
+    """A tiny base pipeline for each script."""
+    import tiny_pipelines
+
+    folder = tmp_path_factory.mktemp("bases")
+    sdxl, sd3 = tiny_pipelines.save_sdxl(folder / "sdxl"), tiny_pipelines.save_sd3(folder / "sd3")
+    return {"train_sap_lora_sd15": sd15, "train_sap_lora_sdxl": sdxl, "train_sap_lora_sd3": sd3}
+
+
+def without_pictures(base, photos, output, *more: str, steps: int = 4) -> list[str]:
+    return flags(base, photos, output, "--skip_final_inference", *more, steps=steps)
+
+
+def logged(script: str, monkeypatch) -> list[dict]:
+    """What the script's runs will give to trackers, in order."""
+    rows, sap = [], __import__(script)
+    monkeypatch.setattr(sap.Accelerator, "log", lambda self, values, step: rows.append(values | {"step": step}))
+    return rows
+
+
+# ---- Compiled blocks ----
+
+COMPILED_WITH = [["--train_text_encoder"], ["--gradient_checkpointing"], ["--mixed_precision=bf16"]]
+
+
+@pytest.mark.parametrize(("script", "more"), list(zip(SCRIPTS, COMPILED_WITH, strict=True)))
+def test_compiled_blocks_train_the_same_lora_without_recompiling(script, more, bases, photos, tmp_path, monkeypatch):
+    plain, compiled = (without_pictures(bases[script], photos, tmp_path / name, *more) for name in ("a", "b"))
+    train(script, plain)
+    sap, graphs = __import__(script), []
+    log_step = sap.log_step
+
+    def count(*arguments):
+        graphs.append(counters["stats"]["unique_graphs"])
+        log_step(*arguments)
+
+    monkeypatch.setattr(sap, "log_step", count)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")  # traced as ever, but not compiled to machine code
+    torch._dynamo.reset()
+    counters.clear()
+    train(script, [*compiled, "--compile", "--checkpointing_steps=2"])
+    assert 0 < graphs[1] == graphs[-1], graphs
+    one, other = lora(tmp_path / "a"), lora(tmp_path / "b")
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        assert torch.allclose(tensor, other[key], atol=1e-4), key
+    assert lora(tmp_path / "b" / "checkpoint-2").keys() == one.keys()
+
+
+@every_script
+def test_blocks_are_compiled_and_keep_their_names(script, bases, photos, tmp_path):
+    keys = []
+    for more in ([], ["--compile"]):
+        run = make_run(script, flags(bases[script], photos, tmp_path, *more))[1]
+        keys.append(set(run.denoiser.state_dict()))
+        compiled = [module for module in run.denoiser.modules() if module._compiled_call_impl is not None]
+        assert bool(compiled) == bool(more)
+    assert keys[0] == keys[1]
+
+
+def test_sizes_that_vary_share_graphs(sd15, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    buckets = "--aspect_ratio_buckets=64,64;64,96;96,64;96,96"
+    torch._dynamo.reset()
+    counters.clear()
+    train("train_sap_lora_sd15", without_pictures(sd15, photos, tmp_path, buckets, steps=6))
+    # The launcher's environment alone asks for it.
+    assert 0 < counters["stats"]["unique_graphs"] <= 12, "compiled anew for each size"
+
+
+# ---- The log ----
+
+
+@every_script
+def test_losses_fetched_late_are_those_of_each_step(script, bases, photos, tmp_path, monkeypatch):
+    rows = logged(script, monkeypatch)
+    accumulate = "--gradient_accumulation_steps=2"
+    for name, more in (("a", []), ("b", ["--logging_steps=3"])):
+        train(script, without_pictures(bases[script], photos, tmp_path / name, accumulate, *more, steps=5))
+    assert [row["step"] for row in rows] == 2 * [1, 2, 3, 4, 5]
+    assert rows[:5] == rows[5:]
+    assert_equal(lora(tmp_path / "a"), lora(tmp_path / "b"))
+
+
+def test_losses_are_fetched_once_in_so_many_steps(sd15, photos, tmp_path, monkeypatch):
+    fetches, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: fetches.append(self.shape) or tolist(self))
+    more = ["--logging_steps=3", "--gradient_accumulation_steps=2"]
+    train("train_sap_lora_sd15", without_pictures(sd15, photos, tmp_path, *more, steps=7))
+    assert [shape for shape in fetches if shape[1:] == (3,)] == [(3, 3), (3, 3), (1, 3)]
+
+
+def test_a_loss_that_is_not_finite_reaches_no_checkpoint(sd15, photos, tmp_path, monkeypatch):
+    import train_sap_lora_sd15 as sap
+
+    loss_terms = sap.loss_terms
+    monkeypatch.setattr(sap, "loss_terms", lambda step, *rest: tuple(
+        term * (math.nan if step.index == 2 else 1) for term in loss_terms(step, *rest)))  # fmt: skip
+    more = ["--logging_steps=100", "--checkpointing_steps=2"]
+    with pytest.raises(FloatingPointError, match="step 3"):
+        train("train_sap_lora_sd15", without_pictures(sd15, photos, tmp_path, *more, steps=9))
+    states = [json.loads(path.read_text()) for path in tmp_path.glob("checkpoint-*/trainer_state.json")]
+    assert [state["global_step"] for state in states] == [2]
+
+
+# ---- A quantised base ----
+
+
+@pytest.fixture
+def quantising_on_the_cpu(monkeypatch):
+    """Let diffusers quantise without a GPU, which it refuses: bitsandbytes itself has kernels for the CPU too."""
+    from bitsandbytes.nn import modules
+    from diffusers.quantizers.bitsandbytes import bnb_quantizer
+
+    for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
+        monkeypatch.setattr(quantizer, "validate_environment", lambda self, *_, **__: None)
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)  # its kernel wants layers of at least 64 features
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+
+
+def quantised(folder, **options) -> str:
+    path = folder / "quantization.json"
+    path.write_text(json.dumps(options))
+    return f"--bnb_quantization_config_path={path}"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@every_script
+def test_the_anchor_of_a_quantised_base_is_the_quantised_base(
+    script, bits, bases, photos, tmp_path, quantising_on_the_cpu
+):
+    more = quantised(tmp_path, **{f"load_in_{bits}bit": True})
+    sap, run = make_run(script, flags(bases[script], photos, tmp_path, more, "--train_batch_size=2"))
+    assert {f"Params{bits}bit", f"Int{bits}Params"} & {type(weight).__name__ for weight in run.denoiser.parameters()}
+    assert {weight.dtype for weight in run.denoiser.parameters() if weight.requires_grad} == {torch.float32}
+    base = sap.Run(run.args, run.accelerator, run.images)
+    sap.load_denoiser(base)
+    base.denoiser.train()  # as the student is: bitsandbytes rounds 8 bits otherwise in evaluation
+    randomise_adapters(run)
+    step, anchor = draw(sap, run)
+    with torch.no_grad():
+        assert torch.equal(
+            sap.denoise(base.denoiser, step.model_input, step.timesteps, step.anchor_conditioning), anchor
+        )
+        moved = sap.denoise(run.denoiser, step.model_input, step.timesteps, step.anchor_conditioning)
+    assert not torch.allclose(moved, anchor, atol=1e-3)
+
+
+@every_script
+def test_a_lora_trains_on_a_quantised_base(script, bases, photos, tmp_path, quantising_on_the_cpu):
+    four = quantised(tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    for name, more in (("a", [four]), ("b", [four, "--gradient_checkpointing"]), ("c", [])):
+        train(script, without_pictures(bases[script], photos, tmp_path / name, *more, steps=2))
+    one, other, full = lora(tmp_path / "a"), lora(tmp_path / "b"), lora(tmp_path / "c")
+    assert all(torch.allclose(one[key], other[key], atol=1e-5) for key in one)
+    assert {key: tensor.shape for key, tensor in one.items()} == {key: tensor.shape for key, tensor in full.items()}
+    assert {tensor.dtype for tensor in one.values()} == {torch.float32}
+    trained = {name: {key for key, tensor in tensors.items() if tensor.abs().max() > 0}
+               for name, tensors in (("quantised", one), ("full", full))}  # fmt: skip
+    assert trained["quantised"] == trained["full"]
+
+
+QUANTISATION_MISTAKES = {
+    "cannot be read": None,
+    "as JSON": "load_in_4bit: true",
+    "load_in_3bit is none of": '{"load_in_3bit": true}',
+    "list is none of": "[4]",
+    "must ask for load_in_4bit": "{}",
+    "only one can be used": '{"load_in_4bit": true, "load_in_8bit": true}',
+    "bfloat61": '{"load_in_4bit": true, "bnb_4bit_compute_dtype": "bfloat61"}',
+    "on a GPU only": '{"load_in_8bit": true}',
+}
+
+
+@pytest.mark.parametrize("words", QUANTISATION_MISTAKES)
+def test_mistakes_in_the_quantisation_end_in_one_sentence(words, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    path = tmp_path / "quantization.json"
+    if QUANTISATION_MISTAKES[words] is not None:
+        path.write_text(QUANTISATION_MISTAKES[words])
+    with pytest.raises(SystemExit) as stopped:
+        __import__(SCRIPTS[0]).parse_args(flags("base", photos, "out", f"--bnb_quantization_config_path={path}"))
+    assert stopped.value.code == 2
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert f"error: --bnb_quantization_config_path {path}" in last
+    assert words in last
+
+
+def test_quantising_without_its_package_is_explained(photos, tmp_path, capsys, monkeypatch):
+    sap = __import__(SCRIPTS[0])
+    monkeypatch.setattr(sap.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else name)
+    with pytest.raises(SystemExit):
+        sap.parse_args(flags("base", photos, "out", quantised(tmp_path, load_in_4bit=True)))
+    assert "pip install bitsandbytes" in capsys.readouterr().err
