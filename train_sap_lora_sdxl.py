@@ -1123,6 +1123,11 @@ def encode_images(run: Run) -> None:
         for flipped in flips:
             pixel_values = run.images.pixel_values(index, flipped, run.images.fixed_centering[index])
             posterior = vae.encode(pixel_values[None].to(run.device)).latent_dist
+            if not posterior.parameters.isfinite().all():
+                name = picture_name(run.images.images, index)
+                raise UsageError(
+                    f"--pretrained_model_name_or_path: its VAE makes numbers of {name} that are not finite"
+                )
             run.posteriors[index, flipped] = posterior.parameters.cpu()
 
 
@@ -1242,6 +1247,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_lora(run: Run, folder: Path) -> None:
     """Write the LoRA for `load_lora_weights`; an older file stays whole until the new one is complete."""
     args, arguments = run.args, {}
+    check_finite(run)
     for name, layers in lora_layers(run).items():
         arguments[f"{name}_lora_layers"] = to_file_keys(name, layers)
         # Every other field of LoraConfig breaks some older peft; without these alpha would be lost.
@@ -1585,6 +1591,7 @@ def train(run: Run, checkpoint: Path | None, start: int) -> list[Image.Image]:
             signal_number = agreed_signal(run)
         if signal_number:
             log_steps(run, progress, waiting)
+            progress.close()
             stop(run, start, global_step, signal_number)
     run.signals.deferring = False
     progress.close()
@@ -1622,7 +1629,36 @@ def log_step(run: Run, progress: tqdm, values: list[float], lr: float, global_st
     progress.set_postfix({name.removeprefix("loss/"): f"{value:.4g}" for name, value in logs.items()})
     run.accelerator.log(logs, step=global_step)
     if not math.isfinite(values[0]):
-        raise FloatingPointError(f"the loss of step {global_step} is {values[0]}: lower --learning_rate, or use bf16")
+        raise not_finite(run, f"the loss of step {global_step} is {values[0]}", global_step)
+
+
+# Copied from train_sap_lora_sd15.not_finite
+def not_finite(run: Run, what: str, global_step: int | None = None) -> FloatingPointError:
+    """The error for numbers that are not finite: what they are of, which pictures made them, and likely causes."""
+    args, ranks, names = run.args, run.accelerator.num_processes, []
+    if global_step is not None:
+        for rank in range(ranks):
+            sampler = MicroStepSampler(run.images, args, rank, ranks)
+            sampler.stop = global_step * args.gradient_accumulation_steps
+            sampler.start = sampler.stop - args.gradient_accumulation_steps
+            names += [picture_name(run.images.images, index) for batch in sampler for index, _ in batch]
+        what += f", with {', '.join(sorted(set(names))[:8])}"
+    causes = [f"--learning_rate {args.learning_rate:g} may be too high"]
+    if run.accelerator.mixed_precision == "fp16":
+        causes.append("--mixed_precision fp16 overflows where bf16 does not")
+    causes.append("the base may be damaged, or hold numbers that are too large")
+    kept = list(list_checkpoints(Path(args.output_dir)))
+    kept = f"checkpoint-{kept[-1]} is the last one" if kept else "there is no checkpoint"
+    return FloatingPointError(f"{what}. Likely causes: {'; '.join(causes)}. No file of the output changed; {kept}")
+
+
+# Copied from train_sap_lora_sd15.check_finite
+def check_finite(run: Run) -> None:
+    """Raise `FloatingPointError` if the LoRA in memory holds a number that is not finite: it must reach no file."""
+    for name, module in run.adapted().items():
+        trained = [parameter.isfinite().all() for parameter in module.parameters() if parameter.requires_grad]
+        if not torch.stack(trained).all():
+            raise not_finite(run, f"the LoRA of {name} is no longer finite")
 
 
 # Copied from train_sap_lora_sd15.agreed_signal
@@ -1731,6 +1767,7 @@ def list_checkpoints(output_dir: Path, complete: bool = True) -> dict[int, Path]
 def save_checkpoint(run: Run, global_step: int) -> None:
     """Write a checkpoint beside its final name, rename it, and only then remove those over the limit."""
     args, accelerator = run.args, run.accelerator
+    check_finite(run)
     output_dir = Path(args.output_dir)
     final = output_dir / f"checkpoint-{global_step}"
     partial = output_dir / f".{final.name}.partial"
@@ -1880,6 +1917,12 @@ def base_identity(args: argparse.Namespace) -> str:
     return f"a folder with the content {digest.hexdigest()}"
 
 
+# Copied from train_sap_lora_sd15.picture_name
+def picture_name(pictures: Sequence, index: int) -> str:
+    """How a message names a picture: by its file, or by its place in the dataset."""
+    return pictures[index].name if isinstance(pictures[index], Path) else f"picture {index}"
+
+
 # Copied from train_sap_lora_sd15.describe_run
 def describe_run(args: argparse.Namespace, images: SubjectImages, accelerator: Accelerator) -> dict:
     """What a checkpoint records of its run, as JSON has it: all that its result depends on.
@@ -1893,8 +1936,9 @@ def describe_run(args: argparse.Namespace, images: SubjectImages, accelerator: A
     settings["num_processes"] = accelerator.num_processes
     pictures = []
     for i, source in enumerate(images.images):
-        name = source.name if isinstance(source, Path) else f"picture {i}"
-        pictures.append([name, content_digest(source), images.captions[i], images.anchor_captions[i]])
+        pictures.append(
+            [picture_name(images.images, i), content_digest(source), images.captions[i], images.anchor_captions[i]]
+        )
     record = {"max_train_steps": args.max_train_steps, "settings": settings, "pictures": pictures}
     return json.loads(json.dumps(record))
 
@@ -2247,3 +2291,6 @@ if __name__ == "__main__":
     except UsageError as usage_error:
         print(f"{Path(__file__).name}: error: {usage_error}", file=sys.stderr)
         sys.exit(2)
+    except FloatingPointError as training_error:
+        print(f"{Path(__file__).name}: error: {training_error}", file=sys.stderr)
+        sys.exit(1)

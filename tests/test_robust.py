@@ -4,10 +4,11 @@
 import os
 import signal
 import threading
+import types
 from pathlib import Path
 
 import pytest
-from runner import assert_equal, flags, lora, train
+from runner import LORA_FILE, assert_equal, flags, lora, train
 
 import train_sap_lora_sd15 as sap
 
@@ -114,3 +115,57 @@ def test_a_stop_reaches_a_run_whose_pictures_other_processes_prepare(sd15, photo
     with pytest.raises(SystemExit, match="143"):
         train(SCRIPT, arguments)
     assert list(sap.list_checkpoints(tmp_path)) == [2]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_explained(sd15, photos, tmp_path, monkeypatch):
+    drawn, loss_terms = {}, sap.loss_terms
+    draw = sap.MicroStepSampler.__iter__
+
+    def remembered(sampler):
+        for batch in draw(sampler):
+            drawn[len(drawn)] = f"{batch[0][0]:02d}.jpg"
+            yield batch
+
+    def overflowing(step, *rest):
+        factor = float("nan") if step.index == 3 else 1.0
+        return [None if term is None else factor * term for term in loss_terms(step, *rest)]
+
+    monkeypatch.setattr(sap.MicroStepSampler, "__iter__", remembered)
+    monkeypatch.setattr(sap, "loss_terms", overflowing)
+    train(SCRIPT, flags(sd15, photos, tmp_path, steps=1))
+    before, drawn = (tmp_path / LORA_FILE).read_bytes(), {}
+    with pytest.raises(FloatingPointError) as error:
+        train(SCRIPT, flags(sd15, photos, tmp_path, "--checkpointing_steps=1", steps=5))
+    for part in (
+        "the loss of step 4 is nan",
+        f"with {drawn[3]}",
+        "--learning_rate 0.01",
+        "checkpoint-3 is the last one",
+    ):
+        assert part in str(error.value)
+    assert list(sap.list_checkpoints(tmp_path)) == [1, 2, 3]
+    assert (tmp_path / LORA_FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("more", [[], ["--checkpointing_steps=2"]])
+def test_weights_that_are_not_finite_reach_no_file(more, sd15, photos, tmp_path, monkeypatch):
+    def poisoned(run, *rest):
+        next(p for p in run.denoiser.parameters() if p.requires_grad).data.fill_(float("inf"))
+
+    train(SCRIPT, flags(sd15, photos, tmp_path, "--output_kohya_format", steps=1))
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    monkeypatch.setattr(sap, "log_step", poisoned)
+    with pytest.raises(FloatingPointError, match="the LoRA of unet is no longer finite.* there is no checkpoint"):
+        train(SCRIPT, flags(sd15, photos, tmp_path, "--output_kohya_format", *more, steps=2))
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")} == before
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_vae_that_overflows_is_found_before_training(sd15, photos, tmp_path, monkeypatch):
+    def overflowing(self, latents):
+        parameters = latents.new_full((1, 8, 8, 8), float("nan"))
+        return types.SimpleNamespace(latent_dist=types.SimpleNamespace(parameters=parameters))
+
+    monkeypatch.setattr(sap.AutoencoderKL, "encode", overflowing)
+    with pytest.raises(sap.UsageError, match="its VAE makes numbers of 00.jpg that are not finite"):
+        train(SCRIPT, flags(sd15, photos, tmp_path))
