@@ -85,7 +85,6 @@ from diffusers.utils import (
     convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
 )
-from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import ModelCardData, create_repo, upload_folder
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -115,6 +114,7 @@ FINAL_SAMPLING = {"num_inference_steps": 25}
 LATENT_STRIDE = 8  # pixels an edge of a latent stands for
 BACKBONE_DEFAULTS = {"resolution": 512, "learning_rate": 5e-4, "adam_weight_decay": 1e-2}
 OUTPUT_DIR = "lora-dreambooth-model"
+CACHE_LIMIT = 2**28  # bytes of latents and embeddings that rest on the device, not on the CPU
 TRACKER = "dreambooth-lora"
 CARD_LICENSE = "creativeml-openrail-m"
 
@@ -287,6 +287,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add("--snr_gamma", type=float, help="Min-SNR weighting of both loss terms, 5.0 in its paper (arXiv 2303.09556).")
     add("--allow_tf32", action="store_true", help="Let Ampere and newer GPUs multiply in TF32.")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers' attention.")
+    add("--offload", action="store_true", help="Text encoders that do not train read prompts on the CPU; the VAE and "
+        "all latents and embeddings rest there.")  # fmt: skip
     add("--bnb_quantization_config_path", type=str,
         help="JSON file of diffusers' BitsAndBytesConfig: the frozen denoiser in 4 or 8 bits, on a GPU.")  # fmt: skip
     add("--compile", action="store_true", help="Compile the denoiser's blocks: minutes at first, then faster steps.")
@@ -933,7 +935,7 @@ def load_text_pipeline(run: Run) -> PIPELINE_CLASS:
         parts["tokenizer"] = AutoTokenizer.from_pretrained(args.tokenizer_name)
     pipeline = PIPELINE_CLASS.from_pretrained(
         args.pretrained_model_name_or_path, unet=None, vae=None, **parts, **hub_files(args), dtype=run.dtype
-    ).to(run.device)
+    ).to(text_device(run))
     if args.tokenizer_max_length is not None:
         limit = pipeline.text_encoder.config.max_position_embeddings
         if args.tokenizer_max_length > limit:
@@ -1011,11 +1013,37 @@ def encode_texts(run: Run) -> None:
     prompts |= set() if args.train_text_encoder else set(run.images.captions)
     prompts |= {""} if args.caption_dropout > 0 else set()
     for prompt in tqdm(sorted(prompts), desc="Encoding prompts", leave=False):
-        conditioning = encode_prompts(pipeline, [prompt], run.device)
+        conditioning = encode_prompts(pipeline, [prompt], pipeline.device)
         run.embeddings[prompt] = {name: tensor.cpu() for name, tensor in conditioning.items()}
     for prompt in {args.validation_prompt, args.final_validation_prompt} - {None}:
-        run.sampling_inputs[prompt] = encode_for_sampling(pipeline, prompt, run.device)
+        inputs = encode_for_sampling(pipeline, prompt, pipeline.device)
+        run.sampling_inputs[prompt] = {name: tensor.to(run.device) for name, tensor in inputs.items()}
     run.text_pipeline = pipeline if args.train_text_encoder else None
+
+
+def text_device(run: Run) -> torch.device:
+    """Where the text encoders read prompts: with `--offload` on the CPU, unless they train."""
+    return torch.device("cpu") if run.args.offload and not run.args.train_text_encoder else run.device
+
+
+def place_caches(run: Run) -> None:
+    """Bring what micro-steps look up to the device, unless it is more than `CACHE_LIMIT` or `--offload` is given."""
+    tensors = [*run.posteriors.values(), *(one for found in run.embeddings.values() for one in found.values())]
+    if run.args.offload or sum(tensor.nbytes for tensor in tensors) > CACHE_LIMIT:
+        return
+    run.posteriors = {key: tensor.to(run.device) for key, tensor in run.posteriors.items()}
+    run.embeddings = {
+        prompt: {name: tensor.to(run.device) for name, tensor in found.items()}
+        for prompt, found in run.embeddings.items()
+    }
+
+
+@contextlib.contextmanager
+def vae_at_work(run: Run) -> Iterator[AutoencoderKL]:
+    """The VAE on the device: the run's own, which `--offload` rests on the CPU afterwards, or one loaded for this."""
+    yield load_vae(run.args, run.device) if run.vae is None else run.vae.to(run.device)
+    if run.vae is not None and run.args.offload:
+        run.vae.to("cpu")
 
 
 @torch.no_grad()
@@ -1027,7 +1055,8 @@ def encode_images(run: Run) -> None:
     vae = load_vae(run.args, run.device)
     run.vae_config = dict(vae.config)
     if not run.images.cacheable:
-        run.vae = vae
+        run.vae = vae.to("cpu") if run.args.offload else vae
+        place_caches(run)
         return
     flips = (False, True) if run.args.random_flip else (False,)
     for index in tqdm(range(len(run.images)), desc="Encoding pictures", leave=False):
@@ -1040,6 +1069,7 @@ def encode_images(run: Run) -> None:
                     f"--pretrained_model_name_or_path: its VAE makes numbers of {name} that are not finite"
                 )
             run.posteriors[index, flipped] = posterior.parameters.cpu()
+    place_caches(run)
 
 
 def load_denoiser(run: Run) -> None:
@@ -1249,18 +1279,24 @@ def draw_latents(run: Run, items: list[dict], generator: torch.Generator) -> tor
     """Sample the posterior of each item anew: scaled latents (B, C, h, w) in float32."""
     if run.vae is None:
         parameters = torch.cat([run.posteriors[item["index"], item["flipped"]] for item in items])
-        posterior = DiagonalGaussianDistribution(parameters.to(run.device))
+        posterior = DiagonalGaussianDistribution(parameters.to(run.device, non_blocking=True))
     else:
         pixel_values = torch.stack([item["pixel_values"] for item in items])
-        with torch.no_grad():
-            posterior = run.vae.encode(pixel_values.to(run.device)).latent_dist
-    return scale_latents(posterior.sample(generator), run.vae_config)
+        with torch.no_grad(), vae_at_work(run) as vae:
+            posterior = vae.encode(pixel_values.to(run.device)).latent_dist
+    latents = posterior.mean + posterior.std * draw_noise(run, posterior.mean.shape, generator)
+    return scale_latents(latents, run.vae_config)
+
+
+def draw_noise(run: Run, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Standard normal numbers from a CPU generator, on the device, without waiting for what it still computes."""
+    return torch.randn(shape, generator=generator).to(run.device, non_blocking=True)
 
 
 def look_up_embeddings(run: Run, prompts: list[str]) -> dict[str, torch.Tensor]:
     """The conditioning (B, ...) on B prompts from those encoded beforehand, each sample with its own."""
     found = [run.embeddings[prompt] for prompt in prompts]
-    return {name: torch.cat([tensors[name] for tensors in found]).to(run.device) for name in found[0]}
+    return {name: torch.cat([one[name] for one in found]).to(run.device, non_blocking=True) for name in found[0]}
 
 
 def min_snr_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float | None) -> torch.Tensor | float:
@@ -1278,11 +1314,12 @@ def min_snr_weights(scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: fl
 
 def draw_micro_step(run: Run, index: int, items: list[dict]) -> MicroStep:
     """Draw latents, noise and timesteps of one batch. They depend on (seed, rank, index) and the pictures alone."""
-    args, scheduler, device = run.args, run.scheduler, run.device
+    args, scheduler = run.args, run.scheduler
     generator = keyed_generator(args.seed, run.accelerator.process_index, index)
     latents = draw_latents(run, items, generator)
-    noise = randn_tensor(latents.shape, generator=generator, device=device)
-    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(items),), generator=generator).to(device)
+    noise = draw_noise(run, latents.shape, generator)
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(items),), generator=generator)
+    timesteps = timesteps.to(run.device, non_blocking=True)
     predicts_v = scheduler.config.prediction_type == "v_prediction"
     prompts = [item["prompt"] for item in items]
     anchor_prompts = [item["anchor_prompt"] for item in items]
@@ -1835,12 +1872,13 @@ def mark_finished(args: argparse.Namespace, record: dict) -> None:
 # ---- Pictures, card, upload ----
 
 
-def sampling_pipeline(run: Run, vae: AutoencoderKL) -> PIPELINE_CLASS:
+def sampling_pipeline(run: Run) -> PIPELINE_CLASS:
     """A pipeline for ready embeddings around the denoiser in memory, with the sampler of upstream's validation."""
     scheduler = DPMSolverMultistepScheduler.from_config(run.scheduler.config)
     pipeline = PIPELINE_CLASS(
-        vae=vae, text_encoder=None, tokenizer=None, unet=run.denoiser, scheduler=scheduler, **UNUSED_PARTS
+        vae=None, text_encoder=None, tokenizer=None, unet=run.denoiser, scheduler=scheduler, **UNUSED_PARTS
     )
+    pipeline.vae_scale_factor = 2 ** (len(run.vae_config["block_out_channels"]) - 1)  # the VAE comes later
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -1853,8 +1891,7 @@ def sample_images(run: Run, prompt: str, **sampling: int) -> list[Image.Image]:
     """
     args, modules = run.args, list(run.adapted().values())
     modes = [module.training for module in modules]
-    vae = run.vae if run.vae is not None else load_vae(args, run.device)
-    pipeline = sampling_pipeline(run, vae)
+    pipeline = sampling_pipeline(run)
     generator = torch.Generator().manual_seed(args.seed)
     options = {"height": args.resolution, "width": args.resolution, "output_type": "latent", **sampling}
     latents = []
@@ -1870,7 +1907,8 @@ def sample_images(run: Run, prompt: str, **sampling: int) -> list[Image.Image]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.train(mode)
-    decoded = [vae.decode(unscale_latents(one.float(), run.vae_config)).sample for one in latents]
+    with vae_at_work(run) as vae:
+        decoded = [vae.decode(unscale_latents(one.float(), run.vae_config)).sample for one in latents]
     return [VaeImageProcessor().postprocess(pixels, output_type="pil")[0] for pixels in decoded]
 
 

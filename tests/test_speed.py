@@ -3,11 +3,13 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import copies
 import pytest
 import torch
-from runner import assert_equal, draw, flags, lora, make_run, randomise_adapters, train
+from runner import assert_equal, draw, flags, lora, make_run, randomise_adapters, train, without
 from torch._dynamo.utils import counters
 
 SCRIPTS = [path.stem for path in [copies.ORIGINAL, *copies.SCRIPTS]]
@@ -209,3 +211,81 @@ def test_quantising_without_its_package_is_explained(photos, tmp_path, capsys, m
     with pytest.raises(SystemExit):
         sap.parse_args(flags("base", photos, "out", quantised(tmp_path, load_in_4bit=True)))
     assert "pip install bitsandbytes" in capsys.readouterr().err
+
+
+# ---- What rests where, and the way of the data ----
+
+
+@every_script
+def test_offloading_changes_neither_the_lora_nor_the_pictures(script, bases, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(__import__(script), "FINAL_SAMPLING", {"num_inference_steps": 1})
+    more = ["--final_validation_prompt=a dog", "--num_validation_images=1"]
+    for name, offload in (("a", []), ("b", ["--offload"])):
+        train(script, without(flags(bases[script], photos, tmp_path / name, *more, *offload), "--center_crop"))
+    assert_equal(lora(tmp_path / "a"), lora(tmp_path / "b"))
+    assert (tmp_path / "a" / "image_0.png").read_bytes() == (tmp_path / "b" / "image_0.png").read_bytes()
+
+
+@every_script
+def test_what_micro_steps_look_up_rests_on_the_device_if_it_is_small(script, bases, photos, tmp_path, monkeypatch):
+    sap, run = make_run(script, flags(bases[script], photos, tmp_path))
+    monkeypatch.setattr(sap.Run, "device", torch.device("meta"))  # stands for a GPU
+
+    def devices() -> set[str]:
+        found = [*run.posteriors.values(), *(one for texts in run.embeddings.values() for one in texts.values())]
+        return {tensor.device.type for tensor in found}
+
+    size = sum(tensor.nbytes for tensor in run.posteriors.values())
+    monkeypatch.setattr(sap, "CACHE_LIMIT", size)  # and the embeddings are too much
+    sap.place_caches(run)
+    assert devices() == {"cpu"}
+    monkeypatch.setattr(sap, "CACHE_LIMIT", 2**28)
+    run.args.offload = True
+    sap.place_caches(run)
+    assert devices() == {"cpu"}
+    assert sap.text_device(run).type == "cpu"
+    run.args.train_text_encoder = True
+    assert sap.text_device(run).type == "meta"
+    run.args.offload = False
+    sap.place_caches(run)
+    assert devices() == {"meta"}
+
+
+def test_the_vae_works_on_the_device_and_rests_on_the_cpu(sd15, photos, tmp_path, monkeypatch):
+    sap, run = make_run(SCRIPTS[0], without(flags(sd15, photos, tmp_path, "--offload"), "--center_crop"))
+    monkeypatch.setattr(sap.Run, "device", torch.device("meta"))
+    moves = []
+    monkeypatch.setattr(run.vae, "to", lambda device: moves.append(torch.device(device).type) or run.vae)
+    with sap.vae_at_work(run) as vae:
+        assert vae is run.vae
+        assert moves == ["meta"]
+    assert moves == ["meta", "cpu"]
+    run.args.offload = False
+    with sap.vae_at_work(run):
+        pass
+    assert moves == ["meta", "cpu", "meta"]
+
+
+@every_script
+def test_cached_pictures_cost_a_step_neither_disk_nor_vae(script, bases, photos, tmp_path, monkeypatch):
+    sap, run = make_run(script, flags(bases[script], photos, tmp_path))
+    assert run.vae is None
+    for name in ("read_image", "load_vae", "load_text_pipeline"):
+        monkeypatch.delattr(sap, name)
+    assert len(list(sap.micro_steps(run, 0))) == 2
+
+
+# ---- Start-up ----
+
+
+def test_packages_that_a_run_does_not_use_are_not_imported():
+    program = """
+import sys
+import train_sap_lora_sd15, train_sap_lora_sdxl, train_sap_lora_sd3
+found = {name.split(".")[0] for name in sys.modules}
+print(sorted(found & {"datasets", "wandb", "prodigyopt", "tensorboard", "comet_ml", "xformers", "matplotlib"}))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=copies.ROOT, check=True
+    )
+    assert result.stdout.splitlines()[-1] == "[]"
