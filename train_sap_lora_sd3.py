@@ -63,7 +63,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend, ProjectConfiguration, TorchDynamoPlugin, broadcast_object_list, tqdm
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    ProjectConfiguration,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+    tqdm,
+)
 from accelerate.utils import load as load_pickle
 from diffusers import (
     AutoencoderKL,
@@ -2155,12 +2162,28 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         )
     except ValueError as error:
         raise UsageError(f"--mixed_precision {args.mixed_precision}, --report_to {args.report_to}: {error}") from error
+    check_launch(accelerator)
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
     return accelerator
+
+
+# Copied from train_sap_lora_sd15.check_launch
+def check_launch(accelerator: Accelerator) -> None:
+    """Raise `UsageError` for ways to spread a run over devices that these scripts do not know.
+
+    DeepSpeed casts the LoRA to half precision and keeps the whole base in its checkpoints, as pickles; under FSDP the
+    anchors' forward, which goes past the wrapper, would meet parameters that are not gathered.
+    """
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
+        raise UsageError(
+            f"accelerate is configured for {kind.value}, which cannot train a LoRA here: choose distributed_type "
+            "MULTI_GPU (a LoRA's gradients and optimizer state are small, so DDP costs no more memory)"
+        )
 
 
 # Copied from train_sap_lora_sd15.start_trackers

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 import runner
+import torch
+from safetensors.torch import save_file
 
 CONTEXT = multiprocessing.get_context("forkserver")
 SCRIPTS = ["train_sap_lora_sd15", "train_sap_lora_sdxl", "train_sap_lora_sd3"]
@@ -26,8 +28,28 @@ def start_server() -> None:
     CONTEXT.set_forkserver_preload(["runner", *SCRIPTS])
 
 
+def trace(module, log: Path) -> None:
+    """Let a run keep what each of its ranks ends with, beside its log: the LoRA in memory and the targets it saw."""
+    draw_micro_step, finish, targets = module.draw_micro_step, module.finish, []
+
+    def draw(run, index, items):
+        step = draw_micro_step(run, index, items)
+        targets.append(step.target)
+        return step
+
+    def end(run, *rest):
+        layers = {
+            f"{part}.{key}": value for part, all in module.lora_layers(run).items() for key, value in all.items()
+        }
+        path = log.with_name(f"{log.stem}-{run.accelerator.process_index}.safetensors")
+        save_file(layers | {"targets": torch.cat(targets)}, path)
+        finish(run, *rest)
+
+    module.draw_micro_step, module.finish = draw, end
+
+
 def run(script: str, arguments: list[str], log: Path, environment: dict[str, str], training) -> None:
-    """What a fork does: train, with its messages in a file, and tell when training itself begins and ends."""
+    """What a fork does: train, with its messages in a file, and tell when training itself begins."""
     os.environ |= environment
     with log.open("a", buffering=1) as stream:
         os.dup2(stream.fileno(), 2)
@@ -40,6 +62,7 @@ def run(script: str, arguments: list[str], log: Path, environment: dict[str, str
         return prepare_optimizer(*args)
 
     module.make_optimizer = make_optimizer
+    trace(module, log)
     runner.train(script, arguments)
 
 

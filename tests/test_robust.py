@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens to a run that is stopped, killed or goes wrong: nothing is lost, and the reason is said."""
 
+import importlib
 import os
 import signal
 import threading
 import types
 from pathlib import Path
 
+import forks
 import pytest
-from runner import LORA_FILE, assert_equal, flags, lora, train
+import torch
+from accelerate.utils import DistributedType
+from runner import LORA_FILE, ROOT, assert_equal, flags, launch, lora, train
+from safetensors.torch import load_file
 
 import train_sap_lora_sd15 as sap
 
 SCRIPT = "train_sap_lora_sd15"
+SCRIPTS = [SCRIPT, "train_sap_lora_sdxl", "train_sap_lora_sd3"]
 ACCUMULATED = ["--gradient_accumulation_steps=2", "--lora_dropout=0.2", "--lr_scheduler=cosine", "--lr_warmup_steps=1"]
 
 
@@ -169,3 +175,45 @@ def test_a_vae_that_overflows_is_found_before_training(sd15, photos, tmp_path, m
     monkeypatch.setattr(sap.AutoencoderKL, "encode", overflowing)
     with pytest.raises(sap.UsageError, match="its VAE makes numbers of 00.jpg that are not finite"):
         train(SCRIPT, flags(sd15, photos, tmp_path))
+
+
+def test_three_processes_agree_and_draw_different_noise(sd15, photos, tmp_path):
+    forks.start_server()
+    log, more = tmp_path / "run.log", ["--train_text_encoder", "--gradient_accumulation_steps=2"]
+    codes = forks.Forked(SCRIPT, flags(sd15, photos, tmp_path / "out", *more, steps=3), log, ranks=3).wait()
+    assert codes == [0, 0, 0], log.read_text()
+    ends = [load_file(tmp_path / f"run-{rank}.safetensors") for rank in range(3)]
+    targets = torch.cat([end.pop("targets") for end in ends])
+    for other in ends[1:]:
+        assert_equal(ends[0], other)
+    assert len(targets) >= 3 * 3 * 2
+    assert len(targets.flatten(1).unique(dim=0)) == len(targets)
+
+
+def test_a_rank_that_crashes_ends_all_and_says_why(sd15, photos, tmp_path):
+    probe = tmp_path / "probe.py"
+    probe.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train_sap_lora_sd15 as sap\n"
+        "original = sap.loss_terms\n"
+        "def crash(step, *rest):\n"
+        "    if step.index == 1 and os.environ['RANK'] == '1':\n"
+        "        raise MemoryError('no room on the second device')\n"
+        "    return original(step, *rest)\n"
+        "sap.loss_terms = crash\n"
+        "sap.main(sap.parse_args())\n"
+    )
+    with pytest.raises(AssertionError, match="MemoryError: no room on the second device"):
+        launch(str(probe.with_suffix("")), flags(sd15, photos, tmp_path / "out", steps=50), ranks=2)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])
+def test_a_launch_that_cannot_work_ends_in_a_sentence(kind, script, sd15, photos, tmp_path, monkeypatch):
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "Accelerator", lambda **_: types.SimpleNamespace(distributed_type=kind))
+    with pytest.raises(module.UsageError, match=f"accelerate is configured for {kind.value}.* choose .*MULTI_GPU"):
+        train(script, flags(sd15, photos, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
