@@ -2228,8 +2228,8 @@ def check_launch(accelerator: Accelerator) -> None:
     kind = accelerator.distributed_type
     if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
         raise UsageError(
-            f"accelerate is configured for {kind.value}, which cannot train a LoRA here: choose distributed_type "
-            "MULTI_GPU (a LoRA's gradients and optimizer state are small, so DDP costs no more memory)"
+            f"accelerate is configured for {kind.value}, by which this script cannot train: choose distributed_type "
+            "MULTI_GPU; a LoRA's gradients and optimizer state are small, so DDP serves as well"
         )
 
 

@@ -22,6 +22,8 @@ def started(tmp_path, photos):
     stand_in.parent.mkdir()
     stand_in.write_text(f'#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word" >> {tmp_path}/words; done\n')
     stand_in.chmod(0o755)
+    (stand_in.parent / "srun").write_text('#!/bin/sh\nexec "$@"\n')
+    (stand_in.parent / "srun").chmod(0o755)
     environment = os.environ | {"PATH": f"{stand_in.parent}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "2"}
 
     def run(command: Path) -> list[str]:
