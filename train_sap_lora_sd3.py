@@ -63,9 +63,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedType,
     DynamoBackend,
+    LoggerType,
     ProjectConfiguration,
     TorchDynamoPlugin,
     broadcast_object_list,
@@ -97,10 +99,13 @@ from diffusers.utils import (
     convert_unet_state_dict_to_peft,
 )
 from huggingface_hub import ModelCardData, create_repo, upload_folder
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 logger = logging.getLogger("sap_lora")
@@ -146,6 +151,10 @@ FREE_ON_RESUME = set(
     report_to logging_dir logging_steps push_to_hub hub_model_id compile offload
     """.split()
 )
+# Copied from train_sap_lora_sd15.MAY_BE_EMPTY
+MAY_BE_EMPTY = {"class_token", "validation_prompt", "final_validation_prompt"}
+# Copied from train_sap_lora_sd15.LR_SCHEDULERS
+LR_SCHEDULERS = [name.value for name in SchedulerType if name != SchedulerType.PIECEWISE_CONSTANT]
 
 
 # Copied from train_sap_lora_sd15.UsageError
@@ -323,7 +332,7 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("optimizer").add_argument
     add("--text_encoder_lr", type=float, default=5e-6, help="Learning rate of the text encoder's LoRA.")
     add("--scale_lr", action="store_true", help="Multiply the rate by accumulation, batch size and processes.")
-    add("--lr_scheduler", type=str, default="constant", help=f"One of {', '.join(s.value for s in SchedulerType)}.")
+    add("--lr_scheduler", type=str, default="constant", help=f"One of {', '.join(LR_SCHEDULERS)}.")
     add("--lr_warmup_steps", type=int, default=500, help="Optimizer steps of warm-up, for schedules that have one.")
     add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Power of the polynomial schedule.")
@@ -365,7 +374,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the command line (`sys.argv` without `input_args`); a mistake ends in one sentence, status 2."""
     usage = "accelerate launch %(prog)s --pretrained_model_name_or_path BASE --instance_data_dir FOLDER "
-    usage += '--instance_prompt "a photo of sks dog" --class_prompt "a photo of a dog" [more of the flags below]'
+    usage += '--instance_prompt "a photo of sks dog" --class_prompt "a photo of a dog" [more flags]'
     parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add_first_arguments(parser)
     add_model_arguments(parser)
@@ -380,10 +389,12 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     try:
         check_numbers(args)
+        check_texts(args)
         check_data_arguments(args)
         check_anchor_arguments(args)
         check_backbone_arguments(args)
         check_training_arguments(args)
+        check_hub_arguments(args)
     except UsageError as error:
         parser.error(str(error))
     return args
@@ -393,11 +404,14 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 NUMBER_RANGES = {
     ("at least 1", lambda x: x >= 1): "train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps "
     "rank repeats anchor_batch_size checkpointing_steps checkpoints_total_limit validation_epochs validation_steps "
-    "resolution logging_steps",
+    "resolution logging_steps lr_num_cycles",
     ("finite and at least 0", lambda x: 0 <= x < math.inf): "anchor_weight learning_rate text_encoder_lr seed "
-    "lr_warmup_steps dataloader_num_workers num_validation_images adam_weight_decay adam_weight_decay_text_encoder",
+    "lr_warmup_steps dataloader_num_workers num_validation_images adam_weight_decay adam_weight_decay_text_encoder "
+    "lr_power",
     ("finite and above 0", lambda x: 0 < x < math.inf): "lora_alpha snr_gamma adam_epsilon max_grad_norm",
-    ("at least 0 and below 1", lambda x: 0 <= x < 1): "caption_dropout lora_dropout adam_beta1 adam_beta2",
+    ("at least 0 and below 1", lambda x: 0 <= x < 1): "caption_dropout lora_dropout adam_beta1 adam_beta2 "
+    "prodigy_beta3",
+    ("below 2**63", lambda x: x < 2**63): "seed",  # what torch's generators take
 }
 
 
@@ -409,6 +423,14 @@ def check_numbers(args: argparse.Namespace) -> None:
             value = getattr(args, name)
             if value is not None and not fits(value):
                 raise UsageError(f"--{name} must be {kind}, not {value}")
+
+
+# Copied from train_sap_lora_sd15.check_texts
+def check_texts(args: argparse.Namespace) -> None:
+    """Raise `UsageError` for an empty value, which is mostly a shell variable that was not set."""
+    for name, value in vars(args).items():
+        if value == "" and name not in MAY_BE_EMPTY:
+            raise UsageError(f"--{name} is empty: give it a value, or leave the flag out")
 
 
 # Copied from train_sap_lora_sd15.check_data_arguments
@@ -457,15 +479,17 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     """Raise `UsageError` for options that do not go together or lack a package."""
     if args.optimizer.lower() not in ("adamw", "prodigy"):
         raise UsageError(f"--optimizer must be AdamW or prodigy, not {args.optimizer}")
-    if args.lr_scheduler not in {name.value for name in SchedulerType} - {"piecewise_constant"}:
-        raise UsageError(f"--lr_scheduler {args.lr_scheduler} is not one of the names that --help lists")
+    if args.lr_scheduler not in LR_SCHEDULERS:
+        raise UsageError(f"--lr_scheduler must be one of {', '.join(LR_SCHEDULERS)}, not {args.lr_scheduler}")
+    trackers, found = ({str(name) for name in names} - {"all"} for names in (LoggerType, get_available_trackers()))
+    if args.report_to not in trackers | {"all", "none"}:
+        raise UsageError(f"--report_to must be one of {', '.join(sorted(trackers))}, all, none, not {args.report_to}")
     packages = {
         "--optimizer prodigy": ("prodigyopt", args.optimizer.lower() == "prodigy"),
         "--use_8bit_adam": ("bitsandbytes", args.use_8bit_adam),
         "--bnb_quantization_config_path": ("bitsandbytes", args.bnb_quantization_config_path is not None),
         "--enable_xformers_memory_efficient_attention": ("xformers", args.enable_xformers_memory_efficient_attention),
-        "--report_to tensorboard": ("tensorboard", args.report_to == "tensorboard"),
-        "--report_to wandb": ("wandb", args.report_to == "wandb"),
+        f"--report_to {args.report_to}": (args.report_to, args.report_to in trackers - found),
         "--dataset_name": ("datasets", args.dataset_name is not None),
     }
     for flag, (package, wanted) in packages.items():
@@ -507,6 +531,16 @@ def quantization_config(args: argparse.Namespace, dtype: torch.dtype = torch.flo
     return config
 
 
+# Copied from train_sap_lora_sd15.check_hub_arguments
+def check_hub_arguments(args: argparse.Namespace) -> None:
+    """Raise `UsageError` where the LoRA is to be uploaded to what cannot be a repository's name."""
+    if args.push_to_hub:
+        try:
+            validate_repo_id(args.hub_model_id or Path(args.output_dir).name)
+        except HFValidationError as error:
+            raise UsageError(f"--hub_model_id: {error}") from error
+
+
 def check_backbone_arguments(args: argparse.Namespace) -> None:
     """Raise `UsageError` for what Stable Diffusion 3 cannot do."""
     unsupported = {
@@ -519,8 +553,11 @@ def check_backbone_arguments(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name} {reason}; leave it out")
     if not 1 <= args.max_sequence_length <= 512:
         raise UsageError(f"--max_sequence_length must be from 1 to 512, not {args.max_sequence_length}")
-    if not 0 <= args.logit_std < math.inf:
-        raise UsageError(f"--logit_std must be finite and at least 0, not {args.logit_std}")
+    ranges = {"logit_mean": (-100, 100), "logit_std": (0, 100), "mode_scale": (-100, 100)}
+    ranges |= {"precondition_outputs": (0, 1)}
+    for name, (low, high) in ranges.items():
+        if not low <= getattr(args, name) <= high:
+            raise UsageError(f"--{name} must be from {low} to {high}, not {getattr(args, name)}")
     if args.lora_blocks is not None and not all(part.strip().isdecimal() for part in args.lora_blocks.split(",")):
         raise UsageError(f'--lora_blocks: write numbers with commas between them, "0,2", not "{args.lora_blocks}"')
 
@@ -971,20 +1008,100 @@ class Run:
         return {DENOISER: self.denoiser, **{name: getattr(self.text_pipeline, name) for name in encoders}}
 
 
-# Copied from train_sap_lora_sd15.check_pipeline
-def check_pipeline(args: argparse.Namespace) -> None:
-    """Read the base pipeline's index alone and raise `UsageError` if a part that is needed is not there."""
-    flag = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+# Copied from train_sap_lora_sd15.loading
+@contextlib.contextmanager
+def loading(flag: str) -> Iterator[None]:
+    """Inside, or in a function that it decorates, what cannot be loaded ends in one sentence that begins with `flag`.
+
+    Raises:
+        UsageError: in place of what diffusers, transformers and safetensors raise for missing or damaged files.
+    """
     try:
-        index = PIPELINE_CLASS.load_config(args.pretrained_model_name_or_path, revision=args.revision)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise UsageError(f"{flag} is no pipeline folder and no hub name that can be loaded: {reason}") from error
-    missing = [name for name in BASE_PARTS if index.get(name, [None, None])[0] is None]
-    foreign = [name for name in FOREIGN_PARTS if index.get(name, [None, None])[0] is not None]
+        yield
+    except UsageError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise UsageError(f"{flag} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+# Copied from train_sap_lora_sd15.read_index
+def read_index(args: argparse.Namespace) -> dict:
+    """The base pipeline's model_index.json: for each part its library and its class.
+
+    Raises:
+        UsageError: if there is none, or if it is not of a pipeline that this script trains.
+    """
+    base = args.pretrained_model_name_or_path
+    flag = f"--pretrained_model_name_or_path {base}"
+    if Path(base).is_file():
+        raise UsageError(f"{flag} is a file: from_single_file and save_pretrained of diffusers make a folder of it")
+    with loading(flag):
+        index = PIPELINE_CLASS.load_config(base, revision=args.revision)
+        parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and value[0] is not None}
+    missing = [name for name in BASE_PARTS if name not in parts]
+    foreign = [name for name in FOREIGN_PARTS if name in parts]
     if missing or foreign:
         difference = f"without {', '.join(missing)}" if missing else f"with {', '.join(foreign)}"
         raise UsageError(f"{flag} is a {index.get('_class_name')} {difference}: {BASE_KIND}")
+    if parts[DENOISER] != DENOISER_CLASS.__name__:
+        raise UsageError(f"{flag} has a {parts[DENOISER]} for a {DENOISER}: {BASE_KIND}")
+    return index
+
+
+# Copied from train_sap_lora_sd15.variant_of
+def variant_of(path: Path) -> str | None:
+    """The variant, such as fp16, that a file of weights has in its name; None if it has none."""
+    parts = re.sub(r"-\d+-of-\d+", "", path.stem).split(".")
+    return parts[1] if len(parts) > 1 else None
+
+
+# Copied from train_sap_lora_sd15.check_files
+def check_files(args: argparse.Namespace) -> None:
+    """Look for the files of the base pipeline's parts in a local folder; of weights only the headers are read.
+
+    Raises:
+        UsageError: if one is missing, or cut short.
+    """
+    configurations = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
+    for name in BASE_PARTS:
+        kind, part = name.split("_")[0], Path(args.pretrained_model_name_or_path) / name
+        needed, weights = configurations.get(kind, "config.json"), sorted(part.glob("*.safetensors"))
+        if not (part / needed).is_file():
+            raise UsageError(f"--pretrained_model_name_or_path: {part / needed} is missing; get the folder again")
+        if kind not in configurations and not weights:
+            raise UsageError(f"--pretrained_model_name_or_path: {part} holds no weights in the safetensors format")
+        if name in (DENOISER, "vae") and not any(variant_of(path) == args.variant for path in weights):
+            raise UsageError(f"--variant {args.variant}: {part} has no such files, only {weights[0].name}")
+        for path in weights:
+            with (
+                loading(f"--pretrained_model_name_or_path: {path} is damaged, get it again; it"),
+                safe_open(path, "pt"),
+            ):
+                pass
+
+
+# Copied from train_sap_lora_sd15.check_latents
+def check_latents(args: argparse.Namespace, flag: str, vae_config: dict) -> None:
+    """Raise `UsageError` if the denoiser reads something else than the VAE's latents, as those for inpainting do."""
+    base, makes = args.pretrained_model_name_or_path, vae_config["latent_channels"]
+    reads = DENOISER_CLASS.load_config(base, subfolder=DENOISER, revision=args.revision)["in_channels"]
+    if reads != makes:
+        raise UsageError(
+            f"{flag}: the VAE's latents have {makes} channels and the {DENOISER} reads {reads}; "
+            "models for inpainting or editing, and VAEs of another kind of base, cannot be used"
+        )
+
+
+# Copied from train_sap_lora_sd15.check_pipeline
+@loading("--pretrained_model_name_or_path")
+def check_pipeline(args: argparse.Namespace) -> None:
+    """Read the base pipeline's index, configurations and headers; raise `UsageError` if they do not fit."""
+    base = args.pretrained_model_name_or_path
+    read_index(args)
+    if Path(base).is_dir():
+        check_files(args)
+    vae_config = AutoencoderKL.load_config(base, subfolder="vae", revision=args.revision)
+    check_latents(args, f"--pretrained_model_name_or_path {base}", vae_config)
 
 
 class TextPipeline(StableDiffusion3Pipeline):
@@ -1010,6 +1127,7 @@ class TextPipeline(StableDiffusion3Pipeline):
         return torch.cat([self.t5_embeddings[one] for one in prompt]).to(device)
 
 
+@loading("--pretrained_model_name_or_path")
 def load_text_pipeline(run: Run) -> PIPELINE_CLASS:
     """The base pipeline without denoiser and VAE: tokenizers, CLIPs, `encode_prompt` and the scheduler.
 
@@ -1026,6 +1144,9 @@ def load_text_pipeline(run: Run) -> PIPELINE_CLASS:
     index = PIPELINE_CLASS.load_config(args.pretrained_model_name_or_path, revision=args.revision)
     if args.without_t5 or index.get("text_encoder_3", [None, None])[0] is None:
         parts |= {"text_encoder_3": None, "tokenizer_3": None}  # diffusers asks for this where the index has none
+    edge = config["pos_embed_max_size"] * LATENT_STRIDE
+    if max(max(window) for window in images.windows) > edge:
+        raise UsageError(f"--resolution and --aspect_ratio_buckets: the base knows edges of {edge} pixels at most")
     pipeline = TextPipeline.from_pretrained(
         args.pretrained_model_name_or_path, transformer=None, vae=None, **parts, **hub_files(args), dtype=run.dtype
     )
@@ -1078,12 +1199,13 @@ def training_scheduler(pipeline: PIPELINE_CLASS) -> FlowMatchEulerDiscreteSchedu
 
 
 # Copied from train_sap_lora_sd15.hub_files
-def hub_files(args: argparse.Namespace) -> dict[str, str | None]:
-    """Which files of the base pipeline's repository to load; not for other repositories."""
-    return {"revision": args.revision, "variant": args.variant}
+def hub_files(args: argparse.Namespace) -> dict[str, str | bool | None]:
+    """Which files of the base pipeline's repository to load; never a pickle, which could run code."""
+    return {"revision": args.revision, "variant": args.variant, "use_safetensors": True}
 
 
 # Copied from train_sap_lora_sd15.load_vae
+@loading("--pretrained_model_name_or_path")
 def load_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKL:
     """The VAE in float32, whatever the run's precision: half precision overflows in some."""
     vae = AutoencoderKL.from_pretrained(
@@ -1176,6 +1298,7 @@ def encode_images(run: Run) -> None:
 
 
 # Copied from train_sap_lora_sd15.load_denoiser
+@loading("--pretrained_model_name_or_path")
 def load_denoiser(run: Run) -> None:
     """Third stage: the frozen denoiser, in the run's precision."""
     args, config = run.args, quantization_config(run.args, run.dtype)
@@ -2161,7 +2284,7 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
             dynamo_backend="no",  # of the whole student: see compile_blocks
         )
     except ValueError as error:
-        raise UsageError(f"--mixed_precision {args.mixed_precision}, --report_to {args.report_to}: {error}") from error
+        raise UsageError(f"--mixed_precision {args.mixed_precision}: {error}") from error
     check_launch(accelerator)
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)

@@ -59,10 +59,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     DynamoBackend,
+    LoggerType,
     ProjectConfiguration,
     TorchDynamoPlugin,
     broadcast_object_list,
@@ -97,10 +99,13 @@ from diffusers.utils import (
     convert_unet_state_dict_to_peft,
 )
 from huggingface_hub import ModelCardData, create_repo, upload_folder
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 logger = logging.getLogger("sap_lora")
@@ -149,6 +154,10 @@ FREE_ON_RESUME = set(
     report_to logging_dir logging_steps push_to_hub hub_model_id compile offload
     """.split()
 )
+# Copied from train_sap_lora_sd15.MAY_BE_EMPTY
+MAY_BE_EMPTY = {"class_token", "validation_prompt", "final_validation_prompt"}
+# Copied from train_sap_lora_sd15.LR_SCHEDULERS
+LR_SCHEDULERS = [name.value for name in SchedulerType if name != SchedulerType.PIECEWISE_CONSTANT]
 
 
 # Copied from train_sap_lora_sd15.UsageError
@@ -317,7 +326,7 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("optimizer").add_argument
     add("--text_encoder_lr", type=float, default=5e-6, help="Learning rate of the text encoder's LoRA.")
     add("--scale_lr", action="store_true", help="Multiply the rate by accumulation, batch size and processes.")
-    add("--lr_scheduler", type=str, default="constant", help=f"One of {', '.join(s.value for s in SchedulerType)}.")
+    add("--lr_scheduler", type=str, default="constant", help=f"One of {', '.join(LR_SCHEDULERS)}.")
     add("--lr_warmup_steps", type=int, default=500, help="Optimizer steps of warm-up, for schedules that have one.")
     add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Power of the polynomial schedule.")
@@ -359,7 +368,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the command line (`sys.argv` without `input_args`); a mistake ends in one sentence, status 2."""
     usage = "accelerate launch %(prog)s --pretrained_model_name_or_path BASE --instance_data_dir FOLDER "
-    usage += '--instance_prompt "a photo of sks dog" --class_prompt "a photo of a dog" [more of the flags below]'
+    usage += '--instance_prompt "a photo of sks dog" --class_prompt "a photo of a dog" [more flags]'
     parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add_first_arguments(parser)
     add_model_arguments(parser)
@@ -374,10 +383,12 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     try:
         check_numbers(args)
+        check_texts(args)
         check_data_arguments(args)
         check_anchor_arguments(args)
         check_backbone_arguments(args)
         check_training_arguments(args)
+        check_hub_arguments(args)
     except UsageError as error:
         parser.error(str(error))
     return args
@@ -387,11 +398,14 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 NUMBER_RANGES = {
     ("at least 1", lambda x: x >= 1): "train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps "
     "rank repeats anchor_batch_size checkpointing_steps checkpoints_total_limit validation_epochs validation_steps "
-    "resolution logging_steps",
+    "resolution logging_steps lr_num_cycles",
     ("finite and at least 0", lambda x: 0 <= x < math.inf): "anchor_weight learning_rate text_encoder_lr seed "
-    "lr_warmup_steps dataloader_num_workers num_validation_images adam_weight_decay adam_weight_decay_text_encoder",
+    "lr_warmup_steps dataloader_num_workers num_validation_images adam_weight_decay adam_weight_decay_text_encoder "
+    "lr_power",
     ("finite and above 0", lambda x: 0 < x < math.inf): "lora_alpha snr_gamma adam_epsilon max_grad_norm",
-    ("at least 0 and below 1", lambda x: 0 <= x < 1): "caption_dropout lora_dropout adam_beta1 adam_beta2",
+    ("at least 0 and below 1", lambda x: 0 <= x < 1): "caption_dropout lora_dropout adam_beta1 adam_beta2 "
+    "prodigy_beta3",
+    ("below 2**63", lambda x: x < 2**63): "seed",  # what torch's generators take
 }
 
 
@@ -403,6 +417,14 @@ def check_numbers(args: argparse.Namespace) -> None:
             value = getattr(args, name)
             if value is not None and not fits(value):
                 raise UsageError(f"--{name} must be {kind}, not {value}")
+
+
+# Copied from train_sap_lora_sd15.check_texts
+def check_texts(args: argparse.Namespace) -> None:
+    """Raise `UsageError` for an empty value, which is mostly a shell variable that was not set."""
+    for name, value in vars(args).items():
+        if value == "" and name not in MAY_BE_EMPTY:
+            raise UsageError(f"--{name} is empty: give it a value, or leave the flag out")
 
 
 # Copied from train_sap_lora_sd15.check_data_arguments
@@ -451,15 +473,17 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     """Raise `UsageError` for options that do not go together or lack a package."""
     if args.optimizer.lower() not in ("adamw", "prodigy"):
         raise UsageError(f"--optimizer must be AdamW or prodigy, not {args.optimizer}")
-    if args.lr_scheduler not in {name.value for name in SchedulerType} - {"piecewise_constant"}:
-        raise UsageError(f"--lr_scheduler {args.lr_scheduler} is not one of the names that --help lists")
+    if args.lr_scheduler not in LR_SCHEDULERS:
+        raise UsageError(f"--lr_scheduler must be one of {', '.join(LR_SCHEDULERS)}, not {args.lr_scheduler}")
+    trackers, found = ({str(name) for name in names} - {"all"} for names in (LoggerType, get_available_trackers()))
+    if args.report_to not in trackers | {"all", "none"}:
+        raise UsageError(f"--report_to must be one of {', '.join(sorted(trackers))}, all, none, not {args.report_to}")
     packages = {
         "--optimizer prodigy": ("prodigyopt", args.optimizer.lower() == "prodigy"),
         "--use_8bit_adam": ("bitsandbytes", args.use_8bit_adam),
         "--bnb_quantization_config_path": ("bitsandbytes", args.bnb_quantization_config_path is not None),
         "--enable_xformers_memory_efficient_attention": ("xformers", args.enable_xformers_memory_efficient_attention),
-        "--report_to tensorboard": ("tensorboard", args.report_to == "tensorboard"),
-        "--report_to wandb": ("wandb", args.report_to == "wandb"),
+        f"--report_to {args.report_to}": (args.report_to, args.report_to in trackers - found),
         "--dataset_name": ("datasets", args.dataset_name is not None),
     }
     for flag, (package, wanted) in packages.items():
@@ -499,6 +523,16 @@ def quantization_config(args: argparse.Namespace, dtype: torch.dtype = torch.flo
     if not torch.accelerator.is_available():
         raise UsageError(f"{flag}: diffusers quantises on a GPU only, and there is none: leave the flag out")
     return config
+
+
+# Copied from train_sap_lora_sd15.check_hub_arguments
+def check_hub_arguments(args: argparse.Namespace) -> None:
+    """Raise `UsageError` where the LoRA is to be uploaded to what cannot be a repository's name."""
+    if args.push_to_hub:
+        try:
+            validate_repo_id(args.hub_model_id or Path(args.output_dir).name)
+        except HFValidationError as error:
+            raise UsageError(f"--hub_model_id: {error}") from error
 
 
 def check_backbone_arguments(args: argparse.Namespace) -> None:
@@ -953,29 +987,106 @@ class Run:
         return {DENOISER: self.denoiser, **{name: getattr(self.text_pipeline, name) for name in encoders}}
 
 
-def check_pipeline(args: argparse.Namespace) -> None:
-    """Read the index of the base pipeline and the VAE's configuration alone; raise `UsageError` if they do not fit."""
-    flag = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+# Copied from train_sap_lora_sd15.loading
+@contextlib.contextmanager
+def loading(flag: str) -> Iterator[None]:
+    """Inside, or in a function that it decorates, what cannot be loaded ends in one sentence that begins with `flag`.
+
+    Raises:
+        UsageError: in place of what diffusers, transformers and safetensors raise for missing or damaged files.
+    """
     try:
-        index = PIPELINE_CLASS.load_config(args.pretrained_model_name_or_path, revision=args.revision)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise UsageError(f"{flag} is no pipeline folder and no hub name that can be loaded: {reason}") from error
-    missing = [name for name in BASE_PARTS if index.get(name, [None, None])[0] is None]
-    foreign = [name for name in FOREIGN_PARTS if index.get(name, [None, None])[0] is not None]
+        yield
+    except UsageError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise UsageError(f"{flag} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+# Copied from train_sap_lora_sd15.read_index
+def read_index(args: argparse.Namespace) -> dict:
+    """The base pipeline's model_index.json: for each part its library and its class.
+
+    Raises:
+        UsageError: if there is none, or if it is not of a pipeline that this script trains.
+    """
+    base = args.pretrained_model_name_or_path
+    flag = f"--pretrained_model_name_or_path {base}"
+    if Path(base).is_file():
+        raise UsageError(f"{flag} is a file: from_single_file and save_pretrained of diffusers make a folder of it")
+    with loading(flag):
+        index = PIPELINE_CLASS.load_config(base, revision=args.revision)
+        parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and value[0] is not None}
+    missing = [name for name in BASE_PARTS if name not in parts]
+    foreign = [name for name in FOREIGN_PARTS if name in parts]
     if missing or foreign:
         difference = f"without {', '.join(missing)}" if missing else f"with {', '.join(foreign)}"
         raise UsageError(f"{flag} is a {index.get('_class_name')} {difference}: {BASE_KIND}")
-    if args.snr_gamma is not None and index["scheduler"][1] in {scheduler.__name__ for scheduler in EDM_SCHEDULERS}:
-        raise UsageError(f"--snr_gamma cannot go with {flag}: its {index['scheduler'][1]} has weights of its own")
-    if args.pretrained_vae_model_name_or_path is not None:
-        try:
-            AutoencoderKL.load_config(args.pretrained_vae_model_name_or_path)
-        except (OSError, ValueError) as error:
-            flag = f"--pretrained_vae_model_name_or_path {args.pretrained_vae_model_name_or_path}"
-            raise UsageError(f"{flag} is no folder and no hub name of a VAE: {str(error).splitlines()[0]}") from error
+    if parts[DENOISER] != DENOISER_CLASS.__name__:
+        raise UsageError(f"{flag} has a {parts[DENOISER]} for a {DENOISER}: {BASE_KIND}")
+    return index
 
 
+# Copied from train_sap_lora_sd15.variant_of
+def variant_of(path: Path) -> str | None:
+    """The variant, such as fp16, that a file of weights has in its name; None if it has none."""
+    parts = re.sub(r"-\d+-of-\d+", "", path.stem).split(".")
+    return parts[1] if len(parts) > 1 else None
+
+
+# Copied from train_sap_lora_sd15.check_files
+def check_files(args: argparse.Namespace) -> None:
+    """Look for the files of the base pipeline's parts in a local folder; of weights only the headers are read.
+
+    Raises:
+        UsageError: if one is missing, or cut short.
+    """
+    configurations = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
+    for name in BASE_PARTS:
+        kind, part = name.split("_")[0], Path(args.pretrained_model_name_or_path) / name
+        needed, weights = configurations.get(kind, "config.json"), sorted(part.glob("*.safetensors"))
+        if not (part / needed).is_file():
+            raise UsageError(f"--pretrained_model_name_or_path: {part / needed} is missing; get the folder again")
+        if kind not in configurations and not weights:
+            raise UsageError(f"--pretrained_model_name_or_path: {part} holds no weights in the safetensors format")
+        if name in (DENOISER, "vae") and not any(variant_of(path) == args.variant for path in weights):
+            raise UsageError(f"--variant {args.variant}: {part} has no such files, only {weights[0].name}")
+        for path in weights:
+            with (
+                loading(f"--pretrained_model_name_or_path: {path} is damaged, get it again; it"),
+                safe_open(path, "pt"),
+            ):
+                pass
+
+
+# Copied from train_sap_lora_sd15.check_latents
+def check_latents(args: argparse.Namespace, flag: str, vae_config: dict) -> None:
+    """Raise `UsageError` if the denoiser reads something else than the VAE's latents, as those for inpainting do."""
+    base, makes = args.pretrained_model_name_or_path, vae_config["latent_channels"]
+    reads = DENOISER_CLASS.load_config(base, subfolder=DENOISER, revision=args.revision)["in_channels"]
+    if reads != makes:
+        raise UsageError(
+            f"{flag}: the VAE's latents have {makes} channels and the {DENOISER} reads {reads}; "
+            "models for inpainting or editing, and VAEs of another kind of base, cannot be used"
+        )
+
+
+@loading("--pretrained_model_name_or_path")
+def check_pipeline(args: argparse.Namespace) -> None:
+    """Read the base pipeline's index, configurations and headers; raise `UsageError` if they do not fit."""
+    base = args.pretrained_model_name_or_path
+    scheduler = read_index(args)["scheduler"][1]
+    if args.snr_gamma is not None and scheduler in {kind.__name__ for kind in EDM_SCHEDULERS}:
+        raise UsageError(f"--snr_gamma cannot go with {base}: its {scheduler} has weights of its own; leave it out")
+    if Path(base).is_dir():
+        check_files(args)
+    flag, source, files = vae_source(args)
+    with loading(flag):
+        vae_config = AutoencoderKL.load_config(source, **files)
+    check_latents(args, flag, vae_config)
+
+
+@loading("--pretrained_model_name_or_path")
 def load_text_pipeline(run: Run) -> PIPELINE_CLASS:
     """The base pipeline without denoiser and VAE: tokenizers, text encoders, `encode_prompt` and the scheduler."""
     args = run.args
@@ -1059,17 +1170,25 @@ def training_scheduler(pipeline: PIPELINE_CLASS, args: argparse.Namespace) -> Sc
 
 
 # Copied from train_sap_lora_sd15.hub_files
-def hub_files(args: argparse.Namespace) -> dict[str, str | None]:
-    """Which files of the base pipeline's repository to load; not for other repositories."""
-    return {"revision": args.revision, "variant": args.variant}
+def hub_files(args: argparse.Namespace) -> dict[str, str | bool | None]:
+    """Which files of the base pipeline's repository to load; never a pickle, which could run code."""
+    return {"revision": args.revision, "variant": args.variant, "use_safetensors": True}
+
+
+def vae_source(args: argparse.Namespace) -> tuple[str, str, dict]:
+    """The flag that names the VAE, its value, and the options with which to load it from there."""
+    own = args.pretrained_vae_model_name_or_path
+    if own is not None:
+        return f"--pretrained_vae_model_name_or_path {own}", own, {"use_safetensors": True}
+    base = args.pretrained_model_name_or_path
+    return f"--pretrained_model_name_or_path {base}", base, {"subfolder": "vae", **hub_files(args)}
 
 
 def load_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKL:
     """The VAE in float32, whatever the run's precision: half precision overflows in some."""
-    source, files = args.pretrained_model_name_or_path, {"subfolder": "vae", **hub_files(args)}
-    if args.pretrained_vae_model_name_or_path is not None:
-        source, files = args.pretrained_vae_model_name_or_path, {}
-    vae = AutoencoderKL.from_pretrained(source, **files, dtype=torch.float32)
+    flag, source, files = vae_source(args)
+    with loading(flag):
+        vae = AutoencoderKL.from_pretrained(source, **files, dtype=torch.float32)
     return vae.requires_grad_(False).to(device)
 
 
@@ -1166,6 +1285,7 @@ def encode_images(run: Run) -> None:
 
 
 # Copied from train_sap_lora_sd15.load_denoiser
+@loading("--pretrained_model_name_or_path")
 def load_denoiser(run: Run) -> None:
     """Third stage: the frozen denoiser, in the run's precision."""
     args, config = run.args, quantization_config(run.args, run.dtype)

@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command lines that cannot work end in one sentence that names the flag; those that can work train."""
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import tiny_pipelines
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from runner import LORA_FILE, ROOT, flags, lora, reset, without
+
+SD15, SDXL, SD3 = SCRIPTS = [f"train_sap_lora_{kind}" for kind in ("sd15", "sdxl", "sd3")]
+
+
+def run_script(script: str, arguments: list[str], monkeypatch=None) -> int:
+    """Run a script as `python SCRIPT ...` does, to its last line, in this process; returns its exit status."""
+    reset()
+    before, sys.argv = sys.argv, [f"{script}.py", *arguments]
+    try:
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    except SystemExit as stopped:
+        return stopped.code
+    finally:
+        sys.argv = before
+    return 0
+
+
+# ---- Bases: whole ones of the three kinds, and damaged ones ----
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    """A tiny pipeline for each script."""
+    folder = tmp_path_factory.mktemp("bases")
+    saved = {SD15: tiny_pipelines.save_sd15, SDXL: tiny_pipelines.save_sdxl, SD3: tiny_pipelines.save_sd3}
+    return {script: save(folder / script) for script, save in saved.items()}
+
+
+def remove(name: str):
+    def damage(base: Path) -> None:
+        path = base / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return damage
+
+
+def cut(name: str, size: int = 1000):
+    def damage(base: Path) -> None:
+        (base / name).write_bytes((base / name).read_bytes()[:size])
+
+    return damage
+
+
+def pickled(name: str):
+    def damage(base: Path) -> None:
+        path = base / name
+        torch.save({"weight": torch.zeros(1)}, path.with_suffix(".bin"))
+        path.unlink()
+
+    return damage
+
+
+def edited(name: str, **entries):
+    def damage(base: Path) -> None:
+        path = base / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+    return damage
+
+
+def renamed(name: str, new: str):
+    def damage(base: Path) -> None:
+        (base / name).rename(base / new)
+
+    return damage
+
+
+UNET, VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
+BASE = "--pretrained_model_name_or_path"
+DAMAGES = {  # what happens to the base of SD1.5, and what the sentence says
+    "no index": (remove("model_index.json"), "model_index.json"),
+    "index of no JSON": (cut("model_index.json", 10), "model_index.json"),
+    "no denoiser": (remove("unet"), "unet/config.json is missing"),
+    "no weights": (remove(UNET), "unet holds no weights"),
+    "no tokenizer": (remove("tokenizer"), "tokenizer/tokenizer_config.json is missing"),
+    "no scheduler": (remove("scheduler"), "scheduler/scheduler_config.json is missing"),
+    "no VAE": (remove("vae"), "vae/config.json is missing"),
+    "denoiser cut short": (cut(UNET), f"{UNET} is damaged"),
+    "empty text encoder": (cut("text_encoder/model.safetensors", 0), "text_encoder/model.safetensors is damaged"),
+    "VAE cut by one byte": (cut(VAE, -1), f"{VAE} is damaged"),
+    "pickled denoiser": (pickled(UNET), "safetensors"),
+    "pickled text encoder": (pickled("text_encoder/model.safetensors"), "safetensors"),
+    "configuration of no JSON": (cut("unet/config.json", 10), "unet/config.json"),
+    "inpainting": (edited("unet/config.json", in_channels=9), "inpainting"),
+    "another denoiser": (edited("model_index.json", unet=["diffusers", "UNet3DConditionModel"]), "UNet3DCondition"),
+    "only fp16 files": (renamed(UNET, UNET.replace("model.", "model.fp16.")), "--variant"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_base_is_refused_before_anything_is_loaded(name, bases, photos, tmp_path, capsys, monkeypatch):
+    damage, words = DAMAGES[name]
+    shutil.copytree(bases[SD15], tmp_path / "base")
+    damage(tmp_path / "base")
+    status = run_script(SD15, flags(tmp_path / "base", photos, tmp_path / "out"))
+    sentence = only_sentence(capsys.readouterr().err)
+    assert status == 2
+    assert words in sentence
+    assert BASE in sentence or "--variant" in sentence
+
+
+def only_sentence(err: str) -> str:
+    """The one line that begins with the script's name and says what is wrong."""
+    assert "Traceback" not in err
+    (sentence,) = [line for line in err.splitlines() if ".py: error: " in line]
+    assert len(sentence) < 600
+    return sentence
+
+
+# ---- The table: script, flags (a flag ending in "=" is left out), what the sentence names ----
+
+MISTAKES = [
+    (SD15, "--rank=0", "--rank must be at least 1"),
+    (SD15, "--rank=2.5", "--rank"),
+    (SD15, "--max_train_steps=0", "--max_train_steps"),
+    (SD15, "--max_train_steps=many", "--max_train_steps"),
+    (SD15, "--train_batch_size=0", "--train_batch_size"),
+    (SD15, "--gradient_accumulation_steps=0", "--gradient_accumulation_steps"),
+    (SD15, "--num_train_epochs=-1", "--num_train_epochs"),
+    (SD15, "--learning_rate=inf", "--learning_rate"),
+    (SD15, "--learning_rate=-1e-4", "--learning_rate"),
+    (SD15, "--text_encoder_lr=nan", "--text_encoder_lr"),
+    (SD15, "--lr_power=nan", "--lr_power"),
+    (SD15, "--lr_num_cycles=0", "--lr_num_cycles"),
+    (SD15, "--lr_warmup_steps=-1", "--lr_warmup_steps"),
+    (SD15, "--lr_scheduler=piecewise_constant", "--lr_scheduler must be one of linear, cosine"),
+    (SD15, "--optimizer=sgd", "--optimizer must be AdamW or prodigy"),
+    (SD15, "--prodigy_beta3=2", "--prodigy_beta3"),
+    (SD15, "--adam_beta1=1", "--adam_beta1"),
+    (SD15, "--adam_epsilon=0", "--adam_epsilon"),
+    (SD15, "--max_grad_norm=nan", "--max_grad_norm"),
+    (SD15, "--seed=-1", "--seed"),
+    (SD15, "--seed=9223372036854775808", "--seed must be below 2**63"),
+    (SD15, "--mixed_precision=int8", "--mixed_precision"),
+    (SD15, "--resolution=500", "--resolution must be a multiple of 8"),
+    (SD15, "--aspect_ratio_buckets=64x64", '"h,w;h,w"'),
+    (SD15, "--aspect_ratio_buckets=0,0", "--aspect_ratio_buckets"),
+    (SD15, "--caption_dropout=1", "--caption_dropout"),
+    (SD15, "--image_interpolation_mode=cubic", "--image_interpolation_mode"),
+    (SD15, "--anchor_weight=-1", "--anchor_weight"),
+    (SD15, "--anchor_batch_size=0", "--anchor_batch_size"),
+    (SD15, "--class_prompt=", "--class_prompt"),
+    (SD15, "--instance_prompt=", "--instance_prompt"),
+    (SD15, "--class_token=dog", "--subject_token"),
+    (SD15, "--class_prompt= --subject_token=zwx", '"a photo of sks dog" does not hold the word "zwx"'),
+    (SD15, "--lora_alpha=0", "--lora_alpha"),
+    (SD15, "--lora_layers=to_k,,to_v", "--lora_layers"),
+    (SD15, "--lora_layers=nothing", "--lora_layers"),
+    (SD15, "--lora_layers=norm1", "--lora_layers"),
+    (SD15, "--snr_gamma=0", "--snr_gamma"),
+    (SD15, "--instance_data_dir=/nowhere", "--instance_data_dir: there is no folder /nowhere"),
+    (SD15, "--instance_data_dir=", "either --instance_data_dir or --dataset_name"),
+    (SD15, "--dataset_name=some/dataset", "either --instance_data_dir or --dataset_name"),
+    (SD15, "--instance_data_dir= --dataset_name=/nowhere/at/all", "--dataset_name /nowhere/at/all"),
+    (SD15, f"{BASE}=/nowhere", f"{BASE} /nowhere"),
+    (SD15, f"{BASE}=nobody/nothing", f"{BASE} nobody/nothing"),
+    (SD15, f"{BASE}={__file__}", "is a file"),
+    (SD15, f"{BASE}=", f"{BASE}"),
+    (SD15, f"{BASE}={SDXL}", "SDXL and SD3 have scripts of their own"),
+    (SD15, f"{BASE}={SD3}", "SDXL and SD3 have scripts of their own"),
+    (SD15, "--variant=fp16", "--variant fp16"),
+    (SD15, "--tokenizer_name=/nowhere", "--tokenizer_name /nowhere"),
+    (SD15, "--tokenizer_max_length=2", "--tokenizer_max_length"),
+    (SD15, "--tokenizer_max_length=78", "--tokenizer_max_length 78: the text encoder reads 77"),
+    (SD15, "--validation_images a.png", "--validation_images"),
+    (SD15, "--train_text_encoder --pre_compute_text_embeddings", "--train_text_encoder"),
+    (SD15, "--enable_xformers_memory_efficient_attention", "pip install xformers"),
+    (SD15, "--num_validation_images=-1", "--num_validation_images"),
+    (SD15, "--checkpointing_steps=0", "--checkpointing_steps"),
+    (SD15, "--checkpoints_total_limit=0", "--checkpoints_total_limit"),
+    (SD15, "--resume_from_checkpoint=checkpoint-7", "--resume_from_checkpoint checkpoint-7"),
+    (SD15, "--report_to=paper", "--report_to must be one of"),
+    (SD15, "--report_to=clearml", "pip install clearml"),
+    (SD15, f"--output_dir={__file__}", "--output_dir"),
+    (SD15, "--push_to_hub --hub_model_id=a/b/c", "--hub_model_id"),
+    (SD15, "--push_to_hub", "HF_HUB_OFFLINE"),
+    (SD15, "--prodigy_decouple=maybe", "--prodigy_decouple"),
+    (SD15, "--lerning_rate=1", "--lerning_rate"),
+    (SD15, "--do_edm_style_training", "--do_edm_style_training"),
+    (SDXL, f"{BASE}={SD15}", "this script trains Stable Diffusion XL"),
+    (SDXL, f"{BASE}={SD3}", "this script trains Stable Diffusion XL"),
+    (SDXL, "--do_edm_style_training --snr_gamma=5", "--snr_gamma"),
+    (SDXL, "--pretrained_vae_model_name_or_path=/nowhere", "--pretrained_vae_model_name_or_path /nowhere"),
+    (SDXL, f"--pretrained_vae_model_name_or_path={SD3}/vae", "the VAE's latents have 16 channels"),
+    (SDXL, "--tokenizer_name=x", "--tokenizer_name"),
+    (SDXL, "--anchor_weight=inf", "--anchor_weight"),
+    (SDXL, "--resolution=1023", "--resolution"),
+    (SD3, f"{BASE}={SD15}", "this script trains Stable Diffusion 3"),
+    (SD3, f"{BASE}={SDXL}", "this script trains Stable Diffusion 3"),
+    (SD3, "--resolution=520", "--resolution must be a multiple of 16"),
+    (SD3, "--resolution=528", "--resolution and --aspect_ratio_buckets: the base knows edges of 512 pixels at most"),
+    (SD3, "--max_sequence_length=513", "--max_sequence_length"),
+    (SD3, "--logit_std=-1", "--logit_std"),
+    (SD3, "--logit_mean=nan", "--logit_mean"),
+    (SD3, "--mode_scale=inf", "--mode_scale"),
+    (SD3, "--precondition_outputs=2", "--precondition_outputs"),
+    (SD3, "--weighting_scheme=none", "--weighting_scheme"),
+    (SD3, "--lora_blocks=0,7", "--lora_blocks 0,7: the base has the blocks 0 to 1"),
+    (SD3, "--lora_blocks=first", "--lora_blocks"),
+    (SD3, "--snr_gamma=5", "--snr_gamma"),
+    (SD3, "--output_kohya_format", "--output_kohya_format"),
+    (SD3, "--lora_layers=nothing", "--lora_layers"),
+]
+
+
+@pytest.mark.parametrize(("script", "mistake", "words"), MISTAKES, ids=[f"{s[-4:]} {m}" for s, m, _ in MISTAKES])
+def test_a_mistake_ends_in_one_sentence_and_status_2(script, mistake, words, bases, photos, tmp_path, capsys):
+    for other, base in bases.items():
+        mistake = mistake.replace(f"={other}", f"={base}")
+    more = mistake.split()
+    left_out = [flag.rstrip("=") for flag in more if flag.endswith("=")]
+    arguments = without(flags(bases[script], photos, tmp_path / "out", *more), *left_out)
+    begun = time.monotonic()
+    status = run_script(script, arguments)
+    assert time.monotonic() - begun < 15
+    assert status == 2
+    assert words in only_sentence(capsys.readouterr().err)
+    assert not list(tmp_path.glob("out/*"))
+
+
+EMPTY = ["instance_prompt", "class_prompt", "output_dir", "instance_data_dir", "resume_from_checkpoint", "revision"]
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_an_empty_value_is_a_mistake(name, bases, photos, tmp_path, capsys):
+    assert run_script(SD15, flags(bases[SD15], photos, tmp_path, f"--{name}=")) == 2
+    assert f"--{name} is empty" in only_sentence(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("launcher", [[], ["-m", "accelerate.commands.launch", "--quiet"]])
+def test_what_a_user_sees_of_a_mistake(launcher, bases, photos, tmp_path):
+    if launcher:
+        launcher = [*launcher, "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    arguments = flags(bases[SDXL], photos, tmp_path / "out")
+    command = [sys.executable, *launcher, str(ROOT / f"{SD15}.py"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert result.returncode == (1 if launcher else 2)  # accelerate's own
+    assert f"{BASE} {bases[SDXL]} is a StableDiffusionXLPipeline" in only_sentence(result.stderr)
+    assert result.stdout == ""
+
+
+# ---- Any combination of valid flags trains, or is refused in one sentence ----
+
+ANY = {
+    "train_batch_size": st.integers(1, 3), "gradient_accumulation_steps": st.integers(1, 3), "rank": st.integers(1, 9),
+    "anchor_weight": st.sampled_from([0, 0.5, 2]), "anchor_source": st.sampled_from(["pretrained", "finetuned"]),
+    "anchor_batch_size": st.integers(1, 9), "subject_token": st.sampled_from(["sks", "zwx"]),
+    "class_token": st.sampled_from(["", "dog"]), "resolution": st.sampled_from([32, 64, 72, 80]),
+    "repeats": st.integers(1, 3), "caption_dropout": st.floats(0, 0.9), "lora_dropout": st.floats(0, 0.9),
+    "lora_alpha": st.floats(0.1, 99), "lora_layers": st.sampled_from(["to_k", "to_q,to_v", "to_out.0", "proj_in"]),
+    "aspect_ratio_buckets": st.sampled_from(["64,64", "64,96;96,64", "32,48"]), "seed": st.integers(0, 2**63 - 1),
+    "mixed_precision": st.sampled_from(["no", "bf16"]), "snr_gamma": st.floats(0.1, 9),
+    "lr_scheduler": st.sampled_from(["linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
+                                     "constant_with_warmup", "piecewise_constant"]),
+    "lr_warmup_steps": st.integers(0, 3), "lr_num_cycles": st.integers(1, 3), "lr_power": st.floats(0, 3),
+    "optimizer": st.sampled_from(["AdamW", "adamw", "Prodigy"]), "adam_beta1": st.floats(0, 0.99),
+    "adam_beta2": st.floats(0, 0.999), "adam_weight_decay": st.floats(0, 1), "prodigy_beta3": st.floats(0, 0.99),
+    "prodigy_decouple": st.booleans(), "prodigy_use_bias_correction": st.booleans(),
+    "prodigy_safeguard_warmup": st.booleans(), "max_grad_norm": st.floats(0.01, 9),
+    "checkpointing_steps": st.integers(1, 3), "checkpoints_total_limit": st.integers(1, 3),
+    "validation_prompt": st.sampled_from(["", "sks dog in the snow"]), "num_validation_images": st.integers(0, 1),
+    "validation_steps": st.integers(1, 2), "validation_epochs": st.integers(1, 2),
+    "final_validation_prompt": st.sampled_from(["a dog"]), "num_train_epochs": st.integers(1, 2),
+    "image_interpolation_mode": st.sampled_from(["bicubic", "box", "nearest_exact", "lanczos"]),
+    "dataloader_num_workers": st.just(0), "resume_from_checkpoint": st.just("latest"),
+    "report_to": st.sampled_from(["none", "tensorboard"]), "learning_rate": st.sampled_from([0, 1e-4, 1e-2, 1]),
+    "text_encoder_lr": st.sampled_from([0, 1e-3]), "class_prompt": st.sampled_from(["a photo of a dog", "Hund ö"]),
+    "tokenizer_max_length": st.sampled_from([3, 20, 77, 90]), "max_sequence_length": st.sampled_from([1, 77, 300]),
+    "weighting_scheme": st.sampled_from(["sigma_sqrt", "logit_normal", "mode", "cosmap"]),
+    "logit_mean": st.floats(-100, 100), "logit_std": st.floats(0, 100), "mode_scale": st.floats(-2, 2),
+    "precondition_outputs": st.integers(0, 1), "lora_blocks": st.sampled_from(["0", "0,1", "2"]),
+}  # fmt: skip
+SWITCHES = """center_crop random_flip cache_latents use_dora train_text_encoder gradient_checkpointing scale_lr
+    allow_tf32 use_8bit_adam skip_final_inference output_kohya_format with_prior_preservation
+    text_encoder_use_attention_mask pre_compute_text_embeddings do_edm_style_training without_t5
+    upcast_before_saving""".split()
+OF_ONE_SCRIPT = {
+    SD15: {"tokenizer_max_length", "text_encoder_use_attention_mask", "pre_compute_text_embeddings"},
+    SDXL: {"do_edm_style_training"},
+    SD3: {"max_sequence_length", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "precondition_outputs",
+          "lora_blocks", "without_t5", "upcast_before_saving"},
+}  # fmt: skip
+
+
+def combinations(script: str):
+    """Up to ten flags that the script has, each with a value that it may have."""
+    of_others = set().union(*(names for other, names in OF_ONE_SCRIPT.items() if other != script))
+    valued = [name for name in ANY if name not in of_others]
+    switches = [name for name in SWITCHES if name not in of_others]
+    chosen = st.lists(st.sampled_from(valued), max_size=7, unique=True)
+    values = chosen.flatmap(lambda names: st.fixed_dictionaries({name: ANY[name] for name in names}))
+    return st.tuples(values, st.lists(st.sampled_from(switches), max_size=3, unique=True))
+
+
+def check_combination(script: str, base: Path, photos: Path, folder: Path, combination, capsys) -> None:
+    values, switches = combination
+    output = folder / "out"
+    shutil.rmtree(output, ignore_errors=True)
+    more = [f"--{name}={value}" for name, value in values.items()] + [f"--{name}" for name in switches]
+    arguments = flags(base, photos, output, *more)
+    if "num_train_epochs" in values:
+        arguments = without(arguments, "--max_train_steps")
+    if "subject_token" in values and "class_prompt" not in values:
+        arguments = without(arguments, "--class_prompt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        status = run_script(script, arguments)
+    err = capsys.readouterr().err
+    assert status in (0, 2), err
+    if status == 2:
+        assert "--" in only_sentence(err)
+        return
+    tensors = lora(output)
+    assert tensors
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    if "validation_prompt" not in values and "final_validation_prompt" not in values:
+        assert not list(output.glob("*.png"))
+    assert not [path for path in output.rglob("*") if path.name.endswith((".partial", ".old"))]
+    assert (output / LORA_FILE).stat().st_size > 1000
+
+
+QUIET = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_combinations_of_valid_flags_train_or_are_refused(script, bases, photos, tmp_path, capsys):
+    @settings(max_examples=20, **QUIET)
+    @given(combinations(script))
+    def check(combination):
+        check_combination(script, bases[script], photos, tmp_path, combination, capsys)
+
+    check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_many_combinations_of_valid_flags_train_or_are_refused(script, bases, photos, tmp_path, capsys):
+    @settings(max_examples=600, **QUIET)
+    @given(combinations(script))
+    def check(combination):
+        check_combination(script, bases[script], photos, tmp_path, combination, capsys)
+
+    check()
