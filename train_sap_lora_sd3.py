@@ -1663,7 +1663,7 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace
         args.lr_scheduler,
         optimizer,
         num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=args.max_train_steps,
+        num_training_steps=max(args.max_train_steps, args.lr_warmup_steps + 1),  # polynomial divides by the rest
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )

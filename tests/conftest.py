@@ -19,7 +19,7 @@ CAPTIONS = ["a photo of sks dog", "sks dog in the snow", "sks dog on the beach",
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Keep what imports made out of garbage collections: the scripts ask for one after each stage, and it takes .5 s."""
+    """Keep what imports made out of garbage collections, which the scripts ask for after each stage: .5 s each."""
     gc.collect()
     gc.freeze()
 
