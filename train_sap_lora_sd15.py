@@ -51,6 +51,7 @@ import secrets
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -156,6 +157,10 @@ LR_SCHEDULERS = [name.value for name in SchedulerType if name != SchedulerType.P
 
 class UsageError(ValueError):
     """Something that the user can mend: the message names the flag or the file, what is wrong and what to do."""
+
+
+class OutputError(Exception):
+    """The output folder could not be written during the run: the message says why and what is still there."""
 
 
 # ---- Requests to stop ----
@@ -351,6 +356,12 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hub_model_id", type=str, help="Repository (default: the output folder's name).")
 
 
+def hide_secrets(args: argparse.Namespace) -> None:
+    """Take secrets out of `sys.argv`, which wandb copies into its files."""
+    for secret in filter(None, (getattr(args, name) for name in SECRETS)):
+        sys.argv[1:] = [word.replace(secret, "***") for word in sys.argv[1:]]
+
+
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     """Read and check the command line (`sys.argv` without `input_args`); a mistake ends in one sentence, status 2."""
     usage = "accelerate launch %(prog)s --pretrained_model_name_or_path BASE --instance_data_dir FOLDER "
@@ -367,6 +378,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(**BACKBONE_DEFAULTS)
     args = parser.parse_args(input_args)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    hide_secrets(args)
     try:
         check_numbers(args)
         check_texts(args)
@@ -1282,15 +1294,33 @@ def to_file_keys(name: str, layers: dict[str, torch.Tensor]) -> dict[str, torch.
 
 
 @contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Inside, the output folder is written.
+
+    Raises:
+        OutputError: if that fails, for a full disk for instance.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError is torch.save's
+        reason = str(error).splitlines()[0]
+        raise OutputError(
+            f"{folder} cannot be written ({reason}): free some space, or copy the folder to another disk; earlier "
+            "checkpoints and files in it are whole, and --resume_from_checkpoint latest goes on from there"
+        ) from error
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to inside, which then takes the place of `path`: until it is whole and on the disk, an older
     file stays."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        yield partial
-        flush_to_disk(partial)
-        os.replace(partial, path)
-        flush_to_disk(path.parent)
+        with writing(path.parent):
+            yield partial
+            flush_to_disk(partial)
+            os.replace(partial, path)
+            flush_to_disk(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -1761,15 +1791,16 @@ def save_checkpoint(run: Run, global_step: int) -> None:
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return
-    state = {"global_step": global_step, "seed": args.seed, "files": file_sizes(partial), **run.record}
-    (partial / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for path in (*partial.iterdir(), partial):
-        flush_to_disk(path)
-    publish(partial, final)
+    with writing(output_dir):
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            return
+        state = {"global_step": global_step, "seed": args.seed, "files": file_sizes(partial), **run.record}
+        (partial / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        for path in (*partial.iterdir(), partial):
+            flush_to_disk(path)
+        publish(partial, final)
     logger.info(f"Checkpoint: {final}")
     older = [path for step, path in list_checkpoints(output_dir).items() if step < global_step]
     if args.checkpoints_total_limit is not None:
@@ -2137,8 +2168,24 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        check_output_dir(output_dir)
     return accelerator
+
+
+def check_output_dir(output_dir: Path) -> None:
+    """Make the output folder, and a file in it that goes again.
+
+    Raises:
+        UsageError: if that cannot be done.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"--output_dir {output_dir} cannot be written ({error.strerror}): take another one"
+        ) from error
 
 
 def check_launch(accelerator: Accelerator) -> None:
@@ -2264,6 +2311,6 @@ if __name__ == "__main__":
     except UsageError as usage_error:
         print(f"{Path(__file__).name}: error: {usage_error}", file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as training_error:
-        print(f"{Path(__file__).name}: error: {training_error}", file=sys.stderr)
+    except (FloatingPointError, OutputError) as training_error:
+        print(f"\n{Path(__file__).name}: error: {training_error}", file=sys.stderr)  # below the progress bar
         sys.exit(1)

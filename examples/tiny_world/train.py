@@ -115,7 +115,7 @@ def fit(args: argparse.Namespace, model: torch.nn.Module, loss_of, minutes: floa
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     step, spent, saved, shown = 0, 0.0, 0.0, None
     if state_path.exists():
-        state = torch.load(state_path, map_location=args.device)
+        state = torch.load(state_path, map_location=args.device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average, step, spent = state["average"], state["step"], state["spent"]
@@ -506,7 +506,7 @@ def latents_of(args: argparse.Namespace) -> torch.Tensor:
     if not cache.exists():
         vae = AutoencoderKL.from_pretrained(args.work / "vae").to(args.device)
         torch.save(encode_all(vae, pictures(args)).half(), cache)
-    return torch.load(cache, map_location=args.device)
+    return torch.load(cache, map_location=args.device, weights_only=True)
 
 
 def stratified(count: int, generator: torch.Generator) -> torch.Tensor:
@@ -713,7 +713,7 @@ def reframed_latents(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tens
         images, time_ids = zip(*(reframed(image, rng) for image in pictures(args)), strict=True)
         vae = AutoencoderKL.from_pretrained(args.work / "vae").to(args.device)
         torch.save((encode_all(vae, torch.stack(images)).half(), torch.tensor(time_ids)), cache)
-    latents, time_ids = torch.load(cache, map_location=args.device)
+    latents, time_ids = torch.load(cache, map_location=args.device, weights_only=True)
     return latents, time_ids
 
 

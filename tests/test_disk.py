@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks that are full or closed: one sentence, and what was there stays."""
+
+import subprocess
+import sys
+
+import pytest
+from runner import LORA_FILE, ROOT, assert_equal, flags, lora, train
+
+import train_sap_lora_sd15 as sap
+
+SCRIPT = str(ROOT / "train_sap_lora_sd15.py")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 2 MB; the tests that need one are left out where this user may not mount it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root may mount a small disk")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_an_output_folder_below_a_file_is_told_before_anything_is_loaded(sd15, photos, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(sap, "encode_texts", lambda run: pytest.fail("a model was loaded"))
+    with pytest.raises(sap.UsageError, match="--output_dir .*out cannot be written"):
+        train("train_sap_lora_sd15", flags(sd15, photos, tmp_path / "file" / "out"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_takes_no_file_is_told(sd15, photos, small_disk, monkeypatch):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    monkeypatch.setattr(sap, "encode_texts", lambda run: pytest.fail("a model was loaded"))
+    for output in (small_disk, small_disk / "new"):
+        with pytest.raises(sap.UsageError, match="Read-only"):
+            train("train_sap_lora_sd15", flags(sd15, photos, output))
+
+
+def test_a_full_disk_ends_the_run_in_one_sentence_and_loses_nothing(sd15, photos, small_disk, tmp_path):
+    """The disk has room for some checkpoints; on a larger one the run goes on as if nothing had happened."""
+    wanted = [*flags(sd15, photos, small_disk, "--checkpointing_steps=1", "--rank=8", steps=12)]
+    ended = subprocess.run([sys.executable, SCRIPT, *wanted], capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 1, ended.stderr
+    (told,) = [line for line in ended.stderr.splitlines() if line.startswith("train_sap_lora_sd15.py: error: ")]
+    assert "cannot be written" in told
+    assert "--resume_from_checkpoint latest" in told
+    assert "Traceback" not in ended.stderr
+    there = sap.list_checkpoints(small_disk)
+    assert there
+    assert len(there) == len(list(small_disk.glob("checkpoint-*")))
+    moved = tmp_path / "larger"
+    subprocess.run(["cp", "-r", str(small_disk), str(moved)], check=True)
+    train("train_sap_lora_sd15", [*flags(sd15, photos, moved, "--checkpointing_steps=1", "--rank=8", steps=12),
+                                  "--resume_from_checkpoint=latest"])  # fmt: skip
+    train("train_sap_lora_sd15", flags(sd15, photos, tmp_path / "whole", "--rank=8", steps=12))
+    assert_equal(lora(moved), lora(tmp_path / "whole"))
+
+
+def test_the_lora_of_an_earlier_run_survives_a_full_disk(sd15, photos, tmp_path, monkeypatch):
+    train("train_sap_lora_sd15", flags(sd15, photos, tmp_path))
+    before = (tmp_path / LORA_FILE).read_bytes()
+
+    def full(folder, weight_name, **_):
+        (folder / weight_name).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sap.PIPELINE_CLASS, "save_lora_weights", full)
+    with pytest.raises(sap.OutputError, match="No space left"):
+        train("train_sap_lora_sd15", flags(sd15, photos, tmp_path, "--seed=7"))
+    assert (tmp_path / LORA_FILE).read_bytes() == before
+    assert list(tmp_path.glob(".*partial")) == []
