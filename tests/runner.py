@@ -39,7 +39,7 @@ def reset() -> None:
     torch.set_num_threads(1)
 
 
-def launch(script: str, arguments: list[str], ranks: int | None = None, **environment: str):
+def launch(script: str, arguments: list[str], ranks: int | None = None, cwd: Path = ROOT, **environment: str):
     """The script as a user starts it: `accelerate launch`, or with `ranks` processes on the CPU by torchrun."""
     launcher = ["accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
     launcher += ["--dynamo_backend=no"]
@@ -48,7 +48,7 @@ def launch(script: str, arguments: list[str], ranks: int | None = None, **enviro
         environment["ACCELERATE_USE_CPU"] = "true"
     command = [sys.executable, "-m", *launcher, f"{ROOT / script}.py", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     return result
 
