@@ -1035,7 +1035,11 @@ def loading(flag: str) -> Iterator[None]:
     except UsageError:
         raise
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-        raise UsageError(f"{flag} cannot be loaded: {' '.join(str(error).split())}") from error
+        value = flag.partition(" ")[2]
+        what = "is no folder, and the hub does not give it"
+        if not value or Path(value).exists():
+            what = "cannot be loaded"
+        raise UsageError(f"{flag} {what}: {' '.join(str(error).split())}") from error
 
 
 # Copied from train_sap_lora_sd15.read_index

@@ -37,7 +37,7 @@ def send_at(monkeypatch, micro_step: int, *numbers: int) -> None:
     def disturbed(step, *rest):
         if step.index == micro_step:
             for number in numbers:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)  # in this thread, so that two do not become one
         return loss_terms(step, *rest)
 
     monkeypatch.setattr(sap, "loss_terms", disturbed)

@@ -103,7 +103,7 @@ def test_a_whole_run(bases, captioned, tmp_path):
             "--subject_token=sks", "--class_token="]  # fmt: skip
     result = launch(SCRIPT, flags(bases["eps"], captioned, tmp_path / "out", *more))
     found = {path.name for path in (tmp_path / "out").iterdir()}
-    assert found == {LORA_FILE, KOHYA_FILE, "README.md", "image_0.png", "logs", "checkpoint-2"}
+    assert found == {LORA_FILE, KOHYA_FILE, "README.md", "image_0.png", "logs", "checkpoint-2", sap.FINISHED_FILE}
     assert list((tmp_path / "out" / "logs" / "dreambooth-lora-sd-xl").glob("events*"))
     assert all(key.startswith("unet.") and ".lora." in key for key in lora(tmp_path / "out"))
     plain, adapted = load_pipeline(bases["eps"]), load_pipeline(bases["eps"], tmp_path / "out")
@@ -529,7 +529,7 @@ def test_kohya_keys(bases, photos, tmp_path):
         ["--mixed_precision=bf16", "--train_text_encoder", "--gradient_checkpointing", "--cache_latents"],
         ["--snr_gamma=5", "--random_flip", "--caption_dropout=0.5", "--train_batch_size=2"],
         ["--anchor_source=finetuned", "--do_edm_style_training", "--lora_layers=to_q,ff.net.2"],
-        ["--anchor_weight=0", "--class_prompt=", "--with_prior_preservation"],
+        ["--anchor_weight=0", "--with_prior_preservation"],
         ["--optimizer=prodigy", "--learning_rate=1", "--train_text_encoder"],
         ["--use_8bit_adam"],
     ],
