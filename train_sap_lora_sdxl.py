@@ -715,7 +715,8 @@ def read_image(source: Path | Image.Image) -> Image.Image:
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         name = source if isinstance(source, Path) else "a picture of --dataset_name"
-        raise UsageError(f"{name} cannot be read as a picture ({error}): repair or remove it") from error
+        advice = "scale it down" if isinstance(error, Image.DecompressionBombError) else "repair or remove it"
+        raise UsageError(f"{name} cannot be read as a picture ({error}): {advice}") from error
 
 
 # Copied from train_sap_lora_sd15.list_image_files

@@ -71,6 +71,26 @@ def test_a_damaged_picture_is_named(content, tmp_path):
         load(tmp_path)
 
 
+def test_a_picture_too_large_to_be_meant_is_named(tmp_path):
+    Image.new("1", (20000, 20000)).save(tmp_path / "huge.png")
+    with pytest.raises(sap.UsageError, match="huge.png cannot be read .* scale it down"):
+        load(tmp_path)
+
+
+def test_animated_pictures_train_on_their_first_frame(tmp_path):
+    first, second = (Image.new("RGB", (80, 80), colour) for colour in ("red", "blue"))
+    first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
+    assert sap.read_image(tmp_path / "a.gif").getpixel((40, 40)) == (255, 0, 0)
+
+
+def test_names_in_any_script_and_two_pictures_of_one_name(tmp_path):
+    for name, colour in (("hündchen 犬.png", "red"), ("00.png", "red"), ("00.jpg", "blue")):
+        Image.new("RGB", (80, 80), colour).save(tmp_path / name)
+    (tmp_path / "hündchen 犬.txt").write_text("sks dog 犬", encoding="utf-8")
+    (tmp_path / "00.txt").write_text("sks dog", encoding="utf-8")
+    assert load(tmp_path).captions == ["sks dog", "sks dog", "sks dog 犬"]
+
+
 # ---- The folder ----
 
 

@@ -30,6 +30,16 @@ def undisturbed(sd15, photos, tmp_path_factory) -> Path:
     return output
 
 
+@pytest.fixture(autouse=True)
+def usual_handlers():
+    """Python's own signal handlers, whatever a test before left in this process."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def send_at(monkeypatch, micro_step: int, *numbers: int) -> None:
     """Send signals to this process during a micro-step of the next run."""
     loss_terms = sap.loss_terms
