@@ -42,7 +42,8 @@ def trace(module, log: Path) -> None:
             f"{part}.{key}": value for part, all in module.lora_layers(run).items() for key, value in all.items()
         }
         path = log.with_name(f"{log.stem}-{run.accelerator.process_index}.safetensors")
-        save_file(layers | {"targets": torch.cat(targets)}, path)
+        seen = {"targets": torch.cat(targets)} if targets else {}  # none where only the end was left to do
+        save_file(layers | seen, path)
         finish(run, *rest)
 
     module.draw_micro_step, module.finish = draw, end
