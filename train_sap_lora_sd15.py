@@ -1586,21 +1586,21 @@ def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace
     )
 
 
-def train(run: Run, checkpoint: Path | None, start: int) -> list[Image.Image]:
+def train(run: Run, checkpoint: Path | None, start: int, progress: tqdm) -> list[Image.Image]:
     """Run the optimizer steps after `start`, the step of `checkpoint`; returns the last validation's pictures."""
     args, accelerator = run.args, run.accelerator
     student = Student(run.denoiser, run.text_pipeline)
     optimizer = make_optimizer(run)
     student, optimizer, lr_scheduler = accelerator.prepare(student, optimizer, make_lr_scheduler(optimizer, args))
     if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
+        with loading(f"--resume_from_checkpoint {checkpoint}"):
+            accelerator.load_state(str(checkpoint))
         accelerator.step = 0  # of micro-steps: one that was stopped between two optimizer steps had begun to count
     run.signals.deferring = True
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     accumulation, pictures, terms = args.gradient_accumulation_steps, [], []
     waiting = []  # for the log: what it shows stays on the device, so that the host can run ahead
     global_step = start
-    progress = tqdm(total=args.max_train_steps, initial=start, desc="Steps")
     for step, anchor in micro_steps(run, start * accumulation):
         # LoRA dropout draws from the global generator: key that too.
         torch.manual_seed(keyed_generator(args.seed, accelerator.process_index, step.index, "dropout").initial_seed())
@@ -1630,7 +1630,6 @@ def train(run: Run, checkpoint: Path | None, start: int) -> list[Image.Image]:
             progress.close()
             stop(run, start, global_step, signal_number)
     run.signals.deferring = False
-    progress.close()
     return pictures
 
 
@@ -2085,6 +2084,11 @@ def card_tags(args: argparse.Namespace) -> list[str]:
     return ["stable-diffusion", "stable-diffusion-diffusers"]
 
 
+def absent_parts(args: argparse.Namespace) -> dict[str, None]:
+    """Parts of the pipeline that `from_pretrained` has to be told are not there: none for this kind of base."""
+    return {}
+
+
 def write_model_card(args: argparse.Namespace, pictures: list[Image.Image], prompt: str | None) -> None:
     """Write README.md, which the hub shows as the model's page, and the pictures it shows."""
     folder = Path(args.output_dir)
@@ -2100,6 +2104,8 @@ def write_model_card(args: argparse.Namespace, pictures: list[Image.Image], prom
         tags=tags,
         widget=[{"text": prompt, "output": {"url": f"image_{i}.png"}} for i in range(len(pictures))] or None,
     )
+    absent = [f"{name}={part}" for name, part in absent_parts(args).items()]
+    base = ", ".join([repr(args.pretrained_model_name_or_path), *absent])
     anchored = f"w = {args.anchor_weight:g}, class prompt `{args.class_prompt or 'one for each caption'}`"
     text = f"""---
 {data.to_yaml()}
@@ -2117,7 +2123,7 @@ Text encoders: {"trained too" if args.train_text_encoder else "not trained"}.
 import torch
 from diffusers import {PIPELINE_CLASS.__name__}
 
-pipeline = {PIPELINE_CLASS.__name__}.from_pretrained({args.pretrained_model_name_or_path!r}, dtype=torch.float16)
+pipeline = {PIPELINE_CLASS.__name__}.from_pretrained({base}, dtype=torch.float16)
 pipeline.load_lora_weights({(args.hub_model_id or args.output_dir)!r}, weight_name={LORA_FILE!r})
 image = pipeline.to("cuda")({(prompt or args.instance_prompt)!r}).images[0]
 ```
@@ -2303,7 +2309,8 @@ def run_stages(args: argparse.Namespace, signals: StopSignals) -> None:
         logger.info(f"{checkpoint} already has {start} of {args.max_train_steps} steps: nothing is left to train")
     if accelerator.is_main_process:
         (Path(args.output_dir) / FINISHED_FILE).unlink(missing_ok=True)
-    pictures = train(run, checkpoint, start)
+    with tqdm(total=args.max_train_steps, initial=start, desc="Steps") as progress:  # closed before an error is told
+        pictures = train(run, checkpoint, start, progress)
     finish(run, pictures, repo_id)
     if accelerator.is_main_process:
         mark_finished(args, record)
@@ -2317,5 +2324,5 @@ if __name__ == "__main__":
         print(f"{Path(__file__).name}: error: {usage_error}", file=sys.stderr)
         sys.exit(2)
     except (FloatingPointError, OutputError) as training_error:
-        print(f"\n{Path(__file__).name}: error: {training_error}", file=sys.stderr)  # below the progress bar
+        print(f"{Path(__file__).name}: error: {training_error}", file=sys.stderr)
         sys.exit(1)

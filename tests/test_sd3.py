@@ -216,6 +216,15 @@ def test_leaving_t5_out_equals_a_base_that_has_none(sd3, sd3_without_t5, photos,
     assert (tmp_path / "none" / "image_0.png").is_file()
 
 
+def test_the_card_tells_how_to_load_a_base_without_t5(sd3_without_t5, photos, tmp_path):
+    train(SCRIPT, flags(sd3_without_t5, photos, tmp_path))
+    snippet = (tmp_path / "README.md").read_text().split("```")[1].removeprefix("python\n")
+    names = {}
+    exec(snippet.split("image = ")[0], names)
+    assert names["pipeline"].text_encoder_3 is None
+    assert names["pipeline"].get_list_adapters()["transformer"]
+
+
 @pytest.mark.parametrize("more", [[], ["--train_text_encoder"]])
 def test_the_transformer_never_meets_t5_and_clips_only_if_they_train(more, sd3, photos, tmp_path, monkeypatch):
     alive = {kind: weakref.WeakSet() for kind in (T5EncoderModel, CLIPTextModelWithProjection)}

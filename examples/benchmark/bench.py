@@ -168,14 +168,14 @@ def take_turn(module, run, settings: dict, steps: int = STEPS) -> tuple[float, f
         synchronise()
         clocks.append((time.perf_counter(), time.process_time()))
 
-    original, bar = module.micro_steps, module.tqdm
+    original = module.micro_steps
     try:
-        module.micro_steps, module.tqdm = micro_steps, functools.partial(bar, disable=True)
+        module.micro_steps = micro_steps
         synchronise()
         begin = time.perf_counter(), time.process_time()
-        module.train(dataclasses.replace(run, args=args), None, 0)
+        module.train(dataclasses.replace(run, args=args), None, 0, tqdm(disable=True))
     finally:
-        module.micro_steps, module.tqdm = original, bar
+        module.micro_steps = original
     run.accelerator.free_memory()
     run.denoiser.zero_grad()
     (end,) = clocks

@@ -83,16 +83,16 @@ BACKBONES = {
     ),
     ("sd15", "mid"): backbone(
         SD15,
-        128,
-        SD15_UNET | {"sample_size": 16, "block_out_channels": (128, 256, 384, 384), "cross_attention_dim": 256},
+        256,
+        SD15_UNET | {"sample_size": 32, "block_out_channels": (128, 256, 384, 384), "cross_attention_dim": 256},
         {"encoder_hidden_states": (77, 256)},
     ),
     ("sdxl", "mid"): backbone(
         SDXL,
-        128,
+        256,
         SDXL_UNET
         | {
-            "sample_size": 16,
+            "sample_size": 32,
             "block_out_channels": (128, 256, 384),
             "transformer_layers_per_block": (1, 1, 3),
             "attention_head_dim": (2, 4, 6),
@@ -104,10 +104,10 @@ BACKBONES = {
     ),
     ("sd3", "mid"): backbone(
         SD3,
-        128,
+        256,
         SD3_TRANSFORMER
         | {
-            "sample_size": 16,
+            "sample_size": 32,
             "num_layers": 6,
             "num_attention_heads": 6,
             "caption_projection_dim": 384,
