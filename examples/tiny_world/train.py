@@ -777,8 +777,8 @@ PARTS = {
     "clip": (train_clip, 5, 64),
     "vit": (train_vit, 4.5, 64),
     "sd3": (train_sd3, 20, 32),
-    "sd15": (train_sd15, 92, 32),
-    "sdxl": (train_sdxl, 12, 32),
+    "sd15": (train_sd15, 135, 32),
+    "sdxl": (train_sdxl, 55, 32),
     "dataset": (write_dataset, 0, 0),
 }
 
