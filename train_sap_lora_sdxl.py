@@ -2250,6 +2250,8 @@ def sample_images(run: Run, prompt: str, **sampling: int) -> list[Image.Image]:
             if run.text_pipeline is not None:
                 inputs = encode_for_sampling(run.text_pipeline, prompt, run.device)
             for _ in tqdm(range(args.num_validation_images), desc="Pictures", leave=False):
+                if run.signals.received:  # who asked to stop may not wait for all of them
+                    break
                 latents.append(pipeline(**inputs, **options, generator=generator).images)
     finally:
         for module, mode in zip(modules, modes, strict=True):
@@ -2261,12 +2263,12 @@ def sample_images(run: Run, prompt: str, **sampling: int) -> list[Image.Image]:
 
 # Copied from train_sap_lora_sd15.validate
 def validate(run: Run, prompt: str, tag: str, step: int, **sampling: int) -> list[Image.Image]:
-    """Make pictures on the main process and show them to the trackers under `tag`."""
+    """Make pictures on the main process, until a request to stop, and show them to the trackers under `tag`."""
     pictures = []
     if run.accelerator.is_main_process:
         pictures = sample_images(run, prompt, **sampling)
         free_memory()
-        for tracker in run.accelerator.trackers:
+        for tracker in run.accelerator.trackers if pictures else []:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             if tracker.name in ("tensorboard", "wandb"):
                 tracker.log_images({tag: np.stack([np.asarray(p) for p in pictures])}, step=step, **layout)

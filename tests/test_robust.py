@@ -100,6 +100,32 @@ def test_a_launcher_that_passes_a_signal_on_does_not_stop_at_once(sd15, photos, 
     assert lora(tmp_path)
 
 
+@pytest.mark.parametrize("pictures", [0, 1])
+def test_a_stop_does_not_wait_for_all_pictures(pictures, sd15, photos, tmp_path, monkeypatch):
+    made, sample, begin = [], sap.StableDiffusionPipeline.__call__, sap.sampling_pipeline
+
+    def stop_after(number: int) -> None:
+        if number == pictures:
+            signal.raise_signal(signal.SIGTERM)
+
+    def sampled(pipeline, **options):
+        made.append(sample(pipeline, **options))
+        stop_after(len(made))
+        return made[-1]
+
+    def begun(run):
+        stop_after(0)
+        return begin(run)
+
+    monkeypatch.setattr(sap.StableDiffusionPipeline, "__call__", sampled)
+    monkeypatch.setattr(sap, "sampling_pipeline", begun)
+    more = ["--validation_prompt=a dog", "--validation_steps=1", "--report_to=tensorboard"]
+    with pytest.raises(SystemExit, match="143"):
+        train(SCRIPT, flags(sd15, photos, tmp_path, *more))
+    assert len(made) == pictures
+    assert lora(tmp_path)
+
+
 @pytest.mark.parametrize("stage", ["load_subject_images", "load_vae", "finish"])
 def test_a_signal_outside_of_training_stops_at_once(stage, sd15, photos, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(sap, stage, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
