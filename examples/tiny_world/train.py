@@ -2,9 +2,9 @@
 """Train the tiny world's models from scratch, one part a command, on a CPU or a GPU.
 
     python train.py vae            # parts: vae, attributes, clip, vit, sd3, sd15, sdxl, dataset, or all
-    python train.py sd3 --minutes 30
+    python train.py sd3 --samples 1000000
 
-Every part runs for a wall time (`--minutes`), over which its learning rate falls to zero. It saves its state every
+Every part takes so many samples (`--samples`), over which its learning rate falls to zero. It saves its state every
 minute to `--work` and goes on from there when it is started again. `vae` and `clip` come before the pipelines.
 """
 
@@ -31,6 +31,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
@@ -64,11 +65,10 @@ EMBEDDING = 96  # width of the space that CLIP's towers share
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*PARTS, "all"])
-    parser.add_argument("--minutes", type=float, help="wall time of this part; by default the part's own in PARTS")
-    parser.add_argument("--images", type=int, default=24000, help="pictures drawn to train on")
+    parser.add_argument("--samples", type=int, help="samples to train on; by default the part's own in PARTS")
+    parser.add_argument("--images", type=int, default=60000, help="pictures drawn to train on")
     parser.add_argument("--batch_size", type=int, help="by default the part's own")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; two processes beat two threads")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="use torch.compile")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("outputs/tiny_world"), help="states, caches")
     parser.add_argument("--out", type=pathlib.Path, default=HERE, help="where the finished folders go")
@@ -89,7 +89,7 @@ def pictures(args: argparse.Namespace) -> torch.Tensor:
     """The training pictures, uint8 (images, 3, 64, 64) on the device; drawn once, then read from the work folder."""
     cache = args.work / f"pictures_{args.images}_{args.seed}.npy"
     if not cache.exists():
-        drawn = [world.draw(*scene) for scene in tqdm(scenes(args.images, args.seed), desc="drawing")]
+        drawn = [world.draw(*scene) for scene in tqdm(scenes(args.images, args.seed), desc="drawing", mininterval=5)]
         np.save(cache, np.stack(drawn).transpose(0, 3, 1, 2))
     return torch.from_numpy(np.load(cache)).to(args.device)
 
@@ -104,8 +104,8 @@ def learning_rate(progress: float) -> float:
     return min(progress / WARMUP, 1) * (0.5 + 0.5 * math.cos(math.pi * min(progress, 1))) + 1e-4
 
 
-def fit(args: argparse.Namespace, model: torch.nn.Module, loss_of, minutes: float, lr: float, ema_decay: float):
-    """Train `model` for a wall time with `loss_of(step, generator) -> loss`; leave the averaged weights in it.
+def fit(args: argparse.Namespace, model: torch.nn.Module, loss_of, lr: float, ema_decay: float) -> torch.nn.Module:
+    """Train `model` on `args.samples` samples by `loss_of(step, generator) -> loss`; leave the averaged weights in it.
 
     The average starts as a plain mean and settles at `ema_decay`, so that short runs are averaged too.
     """
@@ -113,18 +113,18 @@ def fit(args: argparse.Namespace, model: torch.nn.Module, loss_of, minutes: floa
     parameters = [p for p in model.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
-    step, spent, saved, shown = 0, 0.0, 0.0, None
+    step, steps, shown = 0, args.samples // args.batch_size, None
     if state_path.exists():
         state = torch.load(state_path, map_location=args.device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        average, step, spent = state["average"], state["step"], state["spent"]
+        average, step = state["average"], state["step"]
     generator = torch.Generator(args.device).manual_seed(args.seed + step)
-    bar = tqdm(total=round(minutes * 60), initial=round(spent), desc=args.part, unit="s", mininterval=5)
-    started = time.monotonic() - spent
-    while spent < minutes * 60:
+    bar = tqdm(total=steps, initial=step, desc=args.part, mininterval=5)
+    saved = time.monotonic()
+    while step < steps:
         for group in optimizer.param_groups:
-            group["lr"] = lr * learning_rate(spent / (minutes * 60))
+            group["lr"] = lr * learning_rate(step / steps)
         with torch.autocast(args.device, torch.bfloat16):
             loss = loss_of(step, generator)
         loss.backward()
@@ -132,16 +132,16 @@ def fit(args: argparse.Namespace, model: torch.nn.Module, loss_of, minutes: floa
         optimizer.step()
         optimizer.zero_grad()
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(ema_decay, (step + 1) / (step + 10)))
-        step, spent = step + 1, time.monotonic() - started
+        step += 1
         if step % 20 == 0:
             shown = loss.item() if shown is None else shown + 0.1 * (loss.item() - shown)
-            bar.set_postfix(step=step, loss=f"{shown:.4f}", refresh=False)
-        bar.update(int(spent) - bar.n)
-        if spent - saved > 60 or spent >= minutes * 60:
-            saved = spent
+            bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
+        bar.update()
+        if time.monotonic() - saved > 60 or step == steps:
             tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-            torch.save({**tensors, "step": step, "spent": spent}, state_path.with_suffix(".tmp"))
+            torch.save({**tensors, "step": step}, state_path.with_suffix(".tmp"))
             state_path.with_suffix(".tmp").rename(state_path)
+            saved = time.monotonic()
     bar.close()
     for parameter, mean in zip(parameters, average, strict=True):
         parameter.data.copy_(mean)
@@ -156,10 +156,6 @@ def save_half(model, folder: pathlib.Path) -> None:
     model.to(torch.float16).save_pretrained(folder)
     for config in folder.rglob("config.json"):
         config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
-
-
-def maybe_compile(args: argparse.Namespace, module):
-    return torch.compile(module, dynamic=False) if args.compile else module
 
 
 # ---- the autoencoder -------------------------------------------------------------------------------------------
@@ -219,19 +215,45 @@ def fold_normalisation(vae: AutoencoderKL, latents: torch.Tensor) -> None:
 def train_vae(args: argparse.Namespace) -> None:
     images = pictures(args)
     vae = new_vae().to(args.device)
-    encode, decode = maybe_compile(args, vae.encoder), maybe_compile(args, vae.decoder)
+    # Almost no noise, and no pull to the prior, until the decoder reads the latents: they would collapse.
+    vae.quant_conv.bias.data[vae.config.latent_channels :] = -6
+    free_steps = args.samples // args.batch_size // 10
 
     def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
         picks = torch.randint(len(images), (args.batch_size,), generator=generator, device=args.device)
         batch = to_float(images[picks])
-        mean, log_var = vae.quant_conv(encode(batch)).float().clamp(-30, 20).chunk(2, 1)
+        mean, log_var = vae.quant_conv(vae.encoder(batch)).float().clamp(-30, 20).chunk(2, 1)
         sample = mean + (0.5 * log_var).exp() * torch.randn_like(mean)
-        output = decode(vae.post_quant_conv(sample)).float()
+        output = vae.decoder(vae.post_quant_conv(sample)).float()
         kl = 0.5 * (mean**2 + log_var.exp() - 1 - log_var).mean()
-        return reconstruction_loss(output, batch) + 5e-4 * kl
+        return reconstruction_loss(output, batch) + (5e-4 * kl if step > free_steps else 0)
 
-    fit(args, vae, loss_of, args.minutes, lr=2e-3, ema_decay=0.99)
+    fit(args, vae, loss_of, lr=1e-3, ema_decay=0.99)
     fold_normalisation(vae, encode_all(vae, images[:2000]))
+    vae.save_pretrained(args.work / "vae")
+
+
+def latents_of(args: argparse.Namespace) -> torch.Tensor:
+    """Latents of all training pictures (images, 8, 16, 16), computed once."""
+    cache = args.work / f"latents_{args.images}_{args.seed}.pt"
+    if not cache.exists():
+        vae = AutoencoderKL.from_pretrained(args.work / "vae").to(args.device)
+        torch.save(encode_all(vae, pictures(args)).half(), cache)
+    return torch.load(cache, map_location=args.device, weights_only=True)
+
+
+def train_decoder(args: argparse.Namespace) -> None:
+    """Train the VAE's decoder on, to draw clean pictures from latents with errors, such as denoisers make."""
+    images, latents = pictures(args), latents_of(args)
+    vae = AutoencoderKL.from_pretrained(args.work / "vae").to(args.device)
+    decode = torch.nn.Sequential(vae.post_quant_conv, vae.decoder)
+
+    def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
+        picks = torch.randint(len(images), (args.batch_size,), generator=generator, device=args.device)
+        errors = 0.3 * torch.rand(len(picks), 1, 1, 1, device=args.device) * torch.randn_like(latents[picks].float())
+        return reconstruction_loss(decode(latents[picks].float() + errors).float(), to_float(images[picks]))
+
+    fit(args, decode, loss_of, lr=5e-4, ema_decay=0.998)
     vae.save_pretrained(args.work / "vae")
 
 
@@ -283,7 +305,7 @@ def train_attributes(args: argparse.Namespace) -> None:
         noisy = batch + 0.15 * torch.rand(len(batch), 1, 1, 1, device=args.device) * torch.randn_like(batch)
         return attribute_loss(network.heads, network.body(noisy), labels[picks])
 
-    fit(args, network, loss_of, args.minutes, lr=2e-3, ema_decay=0.998)
+    fit(args, network, loss_of, lr=2e-3, ema_decay=0.998)
     folder = args.out / "attributes"
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.half().contiguous() for k, v in network.state_dict().items()}, folder / "model.safetensors")
@@ -361,8 +383,10 @@ class TwoTowers(torch.nn.Module):
         )
         text = text_config(tokenizer, 128, 3)
         config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=EMBEDDING)
-        self.clip = CLIPModel(config)
-        self.second = CLIPTextModelWithProjection(text_config(tokenizer, 96, 2))
+        # Plain attention: on a CPU the backward pass of the fused kernel takes longer than all the rest.
+        self.clip = CLIPModel._from_config(config, attn_implementation="eager")
+        second = text_config(tokenizer, 96, 2)
+        self.second = CLIPTextModelWithProjection._from_config(second, attn_implementation="eager")
         self.heads = attribute_heads(EMBEDDING)
 
     def embed_texts(self, ids: torch.Tensor) -> list[torch.Tensor]:
@@ -395,7 +419,7 @@ def train_clip(args: argparse.Namespace) -> None:
             loss = loss + contrastive_loss(embeddings, text, match) + attribute_loss(towers.heads, 8 * text, said)
         return loss
 
-    fit(args, towers, loss_of, args.minutes, lr=1e-3, ema_decay=0.998)
+    fit(args, towers, loss_of, lr=1e-3, ema_decay=0.998)
     towers.clip.logit_scale.data.fill_(math.log(14.0))
     processor = CLIPImageProcessor(
         size={"shortest_edge": world.SIZE},
@@ -447,6 +471,7 @@ def train_vit(args: argparse.Namespace) -> None:
         patch_size=8,
     )
     vit = ViTModel(config, add_pooling_layer=False)
+    vit.set_attn_implementation("eager")  # see TwoTowers
     heads = attribute_heads(config.hidden_size, [len(v) for v in values])
     model = torch.nn.ModuleDict({"vit": vit, "heads": heads}).to(args.device)
 
@@ -460,13 +485,15 @@ def train_vit(args: argparse.Namespace) -> None:
         first, second = F.normalize(features, dim=-1).chunk(2)
         return loss + 2 * contrastive_loss(first, second, torch.eye(len(picks), dtype=torch.bool, device=args.device))
 
-    fit(args, model, loss_of, args.minutes, lr=1e-3, ema_decay=0.998)
+    fit(args, model, loss_of, lr=1e-3, ema_decay=0.998)
     save_half(vit, args.out / "vit")
     size = {"height": world.SIZE, "width": world.SIZE}
     ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(args.out / "vit")
 
 
 # ---- the three pipelines ---------------------------------------------------------------------------------------
+
+PLAIN_ATTENTION = AttnProcessor()  # on a CPU, the backward pass of the fused kernel takes longer than all the rest
 
 
 class Prompts:
@@ -476,37 +503,39 @@ class Prompts:
         self.device = args.device
         self.pool = scenes(args.images, args.seed)
         self.seed = args.seed
+        self.known = {}
         self.tokenizer = CLIPTokenizer.from_pretrained(args.out / "clip", model_max_length=TOKENS)
         first = CLIPTextModelWithProjection.from_pretrained(args.out / "clip", dtype=torch.float32)
         second = CLIPTextModelWithProjection.from_pretrained(args.work / "second_text_tower")
         self.towers = [tower.to(args.device).eval().requires_grad_(False) for tower in (first, second)]
 
-    def token_ids(self, picks: torch.Tensor, step: int) -> torch.Tensor:
+    def captions(self, picks: torch.Tensor, step: int) -> list[str]:
         """Fresh captions of the picked pictures; one in ten is empty, for classifier-free guidance."""
         rng = np.random.default_rng((self.seed, step))
-        captions = [world.caption(*self.pool[i], rng)[0] if rng.random() > 0.1 else "" for i in picks.tolist()]
-        return tokenize(self.tokenizer, captions, self.device)
+        return [world.caption(*self.pool[i], rng)[0] if rng.random() > 0.1 else "" for i in picks.tolist()]
 
     @torch.no_grad()
-    def encode_last(self, ids: torch.Tensor) -> torch.Tensor:
+    def remembered(self, captions: list[str], encode) -> list[torch.Tensor]:
+        """`encode(token ids)`, a tuple of tensors, of captions; most of them were met before."""
+        new = sorted({caption for caption in captions if caption not in self.known})
+        if new:
+            outputs = encode(tokenize(self.tokenizer, new, self.device))
+            self.known |= dict(zip(new, zip(*(output.float() for output in outputs), strict=True), strict=True))
+        return [torch.stack(rows) for rows in zip(*(self.known[caption] for caption in captions), strict=True)]
+
+    def encode_last(self, captions: list[str]) -> torch.Tensor:
         """SD1.5's way, the first tower's last layer: (batch, TOKENS, 128)."""
-        return self.towers[0](ids).last_hidden_state.float()
+        return self.remembered(captions, lambda ids: [self.towers[0](ids).last_hidden_state])[0]
 
-    @torch.no_grad()
-    def encode_both(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def encode_both(self, captions: list[str]) -> list[torch.Tensor]:
         """SDXL's and SD3's way, both towers' last layer but one, (batch, TOKENS, 224), and their pooled embeddings."""
-        outputs = [tower(ids, output_hidden_states=True) for tower in self.towers]
-        tokens = torch.cat([output.hidden_states[-2] for output in outputs], -1).float()
-        return tokens, [output.text_embeds.float() for output in outputs]
 
+        def encode(ids: torch.Tensor) -> list[torch.Tensor]:
+            outputs = [tower(ids, output_hidden_states=True) for tower in self.towers]
+            tokens = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+            return [tokens, *(output.text_embeds for output in outputs)]
 
-def latents_of(args: argparse.Namespace) -> torch.Tensor:
-    """Latents of all training pictures (images, 8, 16, 16), computed once."""
-    cache = args.work / f"latents_{args.images}_{args.seed}.pt"
-    if not cache.exists():
-        vae = AutoencoderKL.from_pretrained(args.work / "vae").to(args.device)
-        torch.save(encode_all(vae, pictures(args)).half(), cache)
-    return torch.load(cache, map_location=args.device, weights_only=True)
+        return self.remembered(captions, encode)
 
 
 def stratified(count: int, generator: torch.Generator) -> torch.Tensor:
@@ -528,8 +557,9 @@ class JointAttentionWithBias:
         query = torch.cat([attn.to_q(image), attn.add_q_proj(text)], 1)
         key = torch.cat([attn.to_k(image), attn.add_k_proj(text)], 1)
         value = torch.cat([attn.to_v(image), attn.add_v_proj(text)], 1)
-        heads = [x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value)]
-        mixed = F.scaled_dot_product_attention(*heads, attn_mask=attention_mask.to(query.dtype))
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + attention_mask  # see PLAIN_ATTENTION
+        mixed = scores.softmax(-1).to(value.dtype) @ value
         image, text = mixed.transpose(1, 2).flatten(2).split([image.shape[1], text.shape[1]], 1)
         return attn.to_out[0](image), text if attn.context_pre_only else attn.to_add_out(text)
 
@@ -540,10 +570,10 @@ def new_transformer() -> SD3Transformer2DModel:
         patch_size=2,
         in_channels=8,
         out_channels=8,
-        num_layers=4,
+        num_layers=6,
         attention_head_dim=32,
-        num_attention_heads=5,
-        caption_projection_dim=160,
+        num_attention_heads=4,
+        caption_projection_dim=128,
         joint_attention_dim=224,
         pooled_projection_dim=2 * EMBEDDING,
         pos_embed_max_size=16,
@@ -581,12 +611,11 @@ def train_sd3(args: argparse.Namespace) -> None:
     transformer = new_transformer().to(args.device)
     standard = transformer.attn_processors
     transformer.set_attn_processor(JointAttentionWithBias())
-    forward = maybe_compile(args, transformer)
     bias = torch.zeros(1, 1, 1, (LATENT_SIZE // 2) ** 2 + TOKENS + 1, device=args.device)
 
     def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
         picks = torch.randint(len(latents), (args.batch_size,), generator=generator, device=args.device)
-        tokens, pooled = prompts.encode_both(prompts.token_ids(picks, step))
+        tokens, *pooled = prompts.encode_both(prompts.captions(picks, step))
         tokens = torch.cat([tokens, torch.zeros_like(tokens[:, :1])], 1)
         bias[..., -1] = math.log((77, 256)[step % 2])  # the two lengths in use: trainers' and the pipeline's defaults
         clean = latents[picks].float()
@@ -594,7 +623,7 @@ def train_sd3(args: argparse.Namespace) -> None:
         normal = math.sqrt(2) * torch.erfinv(2 * stratified(len(picks), generator).clamp(1e-4, 1 - 1e-4) - 1)
         sigmas = torch.sigmoid(0.5 + 1.2 * normal)
         noisy = torch.lerp(clean, noise, sigmas[:, None, None, None])
-        velocity = forward(
+        velocity = transformer(
             noisy,
             encoder_hidden_states=tokens,
             pooled_projections=torch.cat(pooled, -1),
@@ -604,7 +633,7 @@ def train_sd3(args: argparse.Namespace) -> None:
         )[0]
         return F.mse_loss(velocity.float(), noise - clean)
 
-    fit(args, transformer, loss_of, args.minutes, lr=1e-3, ema_decay=0.999)
+    fit(args, transformer, loss_of, lr=1e-3, ema_decay=0.999)
     transformer.set_attn_processor(standard)
     tokenizer_3, text_encoder_3 = silent_t5(transformer.config.joint_attention_dim)
     pipeline = StableDiffusion3Pipeline(
@@ -627,13 +656,16 @@ def new_unet(cross_attention_dim: int, **options) -> UNet2DConditionModel:
         sample_size=LATENT_SIZE,
         in_channels=8,
         out_channels=8,
-        block_out_channels=(64, 112),
+        block_out_channels=(48, 112),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         attention_head_dim=4,  # in this class the number of heads, whatever its name says
         norm_num_groups=16,
         cross_attention_dim=cross_attention_dim,
+        use_linear_projection=True,
+        resnet_time_scale_shift="scale_shift",
+        time_embedding_dim=160,
         **options,
     )
 
@@ -662,16 +694,17 @@ def diffusion_loss(forward, scheduler, clean: torch.Tensor, generator: torch.Gen
 def train_sd15(args: argparse.Namespace) -> None:
     latents, prompts = latents_of(args), Prompts(args)
     unet = new_unet(cross_attention_dim=128).to(args.device)
-    forward = maybe_compile(args, unet)
+    unet.set_attn_processor(PLAIN_ATTENTION)
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **noise_options())
 
     def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
         picks = torch.randint(len(latents), (args.batch_size,), generator=generator, device=args.device)
-        tokens = prompts.encode_last(prompts.token_ids(picks, step))
+        tokens = prompts.encode_last(prompts.captions(picks, step))
         clean = latents[picks].float()
-        return diffusion_loss(forward, scheduler, clean, generator, encoder_hidden_states=tokens)
+        return diffusion_loss(unet, scheduler, clean, generator, encoder_hidden_states=tokens)
 
-    fit(args, unet, loss_of, args.minutes, lr=1e-3, ema_decay=0.999)
+    fit(args, unet, loss_of, lr=1e-3, ema_decay=0.999)
+    unet.set_attn_processor(AttnProcessor2_0())
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(args.work / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(args.out / "clip"),
@@ -729,19 +762,20 @@ def train_sdxl(args: argparse.Namespace) -> None:
     start = UNet2DConditionModel.from_pretrained(args.out / "sd15", subfolder="unet").state_dict()
     shapes = {name: tensor.shape for name, tensor in unet.state_dict().items()}
     unet.load_state_dict({n: t for n, t in start.items() if shapes[n] == t.shape}, strict=False)
-    forward = maybe_compile(args, unet)
+    unet.set_attn_processor(PLAIN_ATTENTION)
     noising = DDIMScheduler(**noise_options())
 
     def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
         picks = torch.randint(len(latents), (args.batch_size,), generator=generator, device=args.device)
-        tokens, (_, pooled) = prompts.encode_both(prompts.token_ids(picks, step))
+        tokens, _, pooled = prompts.encode_both(prompts.captions(picks, step))
         conditions = {"text_embeds": pooled, "time_ids": time_ids[picks].float()}
         clean = latents[picks].float()
         return diffusion_loss(
-            forward, noising, clean, generator, encoder_hidden_states=tokens, added_cond_kwargs=conditions
+            unet, noising, clean, generator, encoder_hidden_states=tokens, added_cond_kwargs=conditions
         )
 
-    fit(args, unet, loss_of, args.minutes, lr=1e-3, ema_decay=0.999)
+    fit(args, unet, loss_of, lr=1e-3, ema_decay=0.999)
+    unet.set_attn_processor(AttnProcessor2_0())
     pipeline = StableDiffusionXLPipeline(
         vae=AutoencoderKL.from_pretrained(args.work / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(args.out / "clip"),
@@ -772,13 +806,14 @@ def write_dataset(args: argparse.Namespace) -> None:
 
 
 PARTS = {
-    "vae": (train_vae, 10, 8),
-    "attributes": (train_attributes, 1.5, 64),
-    "clip": (train_clip, 5, 64),
-    "vit": (train_vit, 4.5, 64),
-    "sd3": (train_sd3, 20, 32),
-    "sd15": (train_sd15, 135, 32),
-    "sdxl": (train_sdxl, 55, 32),
+    "vae": (train_vae, 24000, 8),
+    "decoder": (train_decoder, 16000, 8),
+    "attributes": (train_attributes, 300000, 64),
+    "clip": (train_clip, 110000, 64),
+    "vit": (train_vit, 60000, 64),
+    "sd3": (train_sd3, 500000, 32),
+    "sd15": (train_sd15, 360000, 32),
+    "sdxl": (train_sdxl, 150000, 32),
     "dataset": (write_dataset, 0, 0),
 }
 
@@ -788,9 +823,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     for part in PARTS if args.part == "all" else [args.part]:
-        train_part, minutes, batch_size = PARTS[part]
+        train_part, samples, batch_size = PARTS[part]
         given = argparse.Namespace(**vars(args))
-        given.part, given.minutes = part, args.minutes or minutes
+        given.part, given.samples = part, args.samples or samples
         given.batch_size = args.batch_size or batch_size
         train_part(given)
 

@@ -242,8 +242,8 @@ def background(scene: str, rng: np.random.Generator) -> np.ndarray:
     return image + rng.uniform(-6, 6)
 
 
-def draw_thing(image: np.ndarray, look: Look, setting: Setting) -> None:
-    """Draw the thing over a background, in place."""
+def draw_thing(image: np.ndarray, look: Look, setting: Setting) -> np.ndarray:
+    """Draw the thing over a background, in place; returns the signed distance (64, 64) to its silhouette."""
     gx, gy = grid()
     half = setting.size
     dx, dy = (gx - 2 * setting.x) / half, (gy - 2 * setting.y) / half
@@ -266,6 +266,7 @@ def draw_thing(image: np.ndarray, look: Look, setting: Setting) -> None:
         hat = np.minimum(box(x, y - top, 0.5, 0.08), box(x, y - top + 0.3, 0.3, 0.28))
         paint(image, hat, (45, 35, 45), pixel)
         paint(image, np.maximum(hat, np.abs(y - top + 0.15) - 0.06), (220, 60, 60), pixel)
+    return distance
 
 
 def draw(look: Look, setting: Setting) -> np.ndarray:
