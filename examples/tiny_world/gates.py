@@ -133,6 +133,11 @@ POSE = np.array([0.0, 0.02, 0.72, 0.0])  # x, y, size and turn in the middle of 
 SPREAD = np.array([0.05, 0.05, 0.06, 0.1])
 
 
+def halved(image: np.ndarray) -> np.ndarray:
+    """Means of 2 x 2 pixels."""
+    return image.reshape(world.SIZE // 2, 2, world.SIZE // 2, 2, -1).mean((1, 3)).squeeze()
+
+
 def cleanliness(image: np.ndarray, attributes: list[int]) -> float:
     """PSNR in dB between a generated picture (64, 64, 3) and the nearest drawing of those attributes.
 
@@ -153,18 +158,18 @@ def cleanliness(image: np.ndarray, attributes: list[int]) -> float:
         setting = world.Setting(scene, hat == "yes", *pose)
         drawn = scenery.copy()
         distance = world.draw_thing(drawn, look, setting)
-        return float(((np.clip(drawn, 0, 255) - image)[distance < 0.25] ** 2).mean())
+        return float((halved(np.clip(drawn, 0, 255) - image)[halved(distance) < 0.25] ** 2).mean())
 
     best = np.inf
     for outline in world.OUTLINES:  # the cross-entropy method, once an outline; the accent by turns with the pose
         mean, spread = POSE, SPREAD
         looks = [world.Look(class_name, colour, pattern, accent, outline) for accent in world.ACCENTS]
         look = looks[0]
-        for _ in range(6):
-            poses = mean + spread * rng.standard_normal((30, 4))
+        for _ in range(8):
+            poses = mean + spread * rng.standard_normal((40, 4))
             errors = [error(look, pose) for pose in poses]
-            good = poses[np.argsort(errors)[:6]]
-            mean, spread, best = good.mean(0), good.std(0), min(best, *errors)
+            good = poses[np.argsort(errors)[:8]]
+            mean, spread, best = good.mean(0), 1.2 * good.std(0), min(best, *errors)
             if pattern != "plain":
                 look = min(looks, key=lambda look: error(look, good[0]))
     return 10 * np.log10(255**2 / best)

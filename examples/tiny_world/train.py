@@ -611,6 +611,8 @@ def train_sd3(args: argparse.Namespace) -> None:
     transformer = new_transformer().to(args.device)
     standard = transformer.attn_processors
     transformer.set_attn_processor(JointAttentionWithBias())
+    # A fifth faster. Not for the others: through a GroupNorm, torch 2.13 compiles wrong gradients on a CPU.
+    forward = torch.compile(transformer, dynamic=False)
     bias = torch.zeros(1, 1, 1, (LATENT_SIZE // 2) ** 2 + TOKENS + 1, device=args.device)
 
     def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
@@ -623,7 +625,7 @@ def train_sd3(args: argparse.Namespace) -> None:
         normal = math.sqrt(2) * torch.erfinv(2 * stratified(len(picks), generator).clamp(1e-4, 1 - 1e-4) - 1)
         sigmas = torch.sigmoid(0.5 + 1.2 * normal)
         noisy = torch.lerp(clean, noise, sigmas[:, None, None, None])
-        velocity = transformer(
+        velocity = forward(
             noisy,
             encoder_hidden_states=tokens,
             pooled_projections=torch.cat(pooled, -1),
