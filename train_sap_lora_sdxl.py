@@ -6,6 +6,7 @@
 #     "bitsandbytes>=0.45; sys_platform != 'darwin'",
 #     "datasets>=4.0",
 #     "diffusers>=0.41",
+#     "filelock",
 #     "huggingface_hub>=1.0",
 #     "peft>=0.18",
 #     "pillow>=10.1",
@@ -37,6 +38,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import functools
 import hashlib
 import importlib.util
@@ -72,7 +74,9 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params, find_nearest_bucket, free_memory, parse_buckets_string
 from diffusers.utils import convert_state_dict_to_diffusers
+from filelock import FileLock, Timeout
 from huggingface_hub import ModelCardData, create_repo, upload_folder
+from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -232,8 +236,8 @@ KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 TRAINING_FILE = "training_state.pt"
 STATE_FILE = "trainer_state.json"
 FINISHED_FILE = "finished_run.json"
+SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
 STATE_FORMAT = 2  # of checkpoints; it goes up when older ones can no longer be read
-CACHE_LIMIT = 2**28  # bytes of latents and embeddings that rest on the device, not on the CPU
 PAPER = "https://arxiv.org/abs/2511.22245"
 LR_SCHEDULERS = [name.value for name in SchedulerType if name != SchedulerType.PIECEWISE_CONSTANT]
 
@@ -244,6 +248,11 @@ class UsageError(ValueError):
 
 class RunError(Exception):
     """What ended a run under way: the message says what, and what is left on the disk."""
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal, without the control characters that captions and names of files may hold."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 @contextlib.contextmanager
@@ -257,7 +266,22 @@ def explained(what: str, *more: type[Exception]) -> Iterator[None]:
     except UsageError:
         raise
     except (OSError, ValueError, LookupError, SafetensorError, *more) as error:
-        raise UsageError(f"{what}: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{what}{hub_advice(error)}: {' '.join(str(error).split())}") from error
+
+
+def hub_advice(error: BaseException | None) -> str:
+    """What to do about an error that has its cause in the hub."""
+    causes = {
+        hub_errors.GatedRepoError: ", accept its terms on the hub, then `hf auth login`",
+        hub_errors.RepositoryNotFoundError: ", check the name; if it is private, `hf auth login`",
+        (
+            hub_errors.LocalEntryNotFoundError,
+            hub_errors.OfflineModeIsEnabled,
+        ): ", the hub cannot be reached: go online, or name a folder",
+        hub_errors.LocalTokenNotFoundError: ", `hf auth login` first",
+    }
+    found = [advice for kind, advice in causes.items() if isinstance(error, kind)]
+    return "" if error is None else found[0] if found else hub_advice(error.__cause__ or error.__context__)
 
 
 # ---- Micro-steps: one batch each, from its draws to its losses ----
@@ -270,10 +294,10 @@ class Run:
     args: Namespace
     accelerator: Accelerator
     images: SubjectImages
-    embeddings: dict[str, dict[str, Tensor]]  # of each prompt the conditioning (1, ...)
+    embeddings: dict[str, dict[str, Tensor]]  # of each prompt the conditioning (1, ...), on the CPU
     sampling_inputs: dict[str, dict[str, Tensor]]  # for the prompts of validation
     vae: AutoencoderKL  # on the CPU, unless random crops need it in each micro-step
-    posteriors: dict[tuple[int, bool], Tensor]  # of each picture and its mirror image (1, 2 C, h, w)
+    posteriors: dict[tuple[int, bool], Tensor]  # of each picture and its mirror image (1, 2 C, h, w), on the CPU
     student: Student
     scheduler: diffusers.SchedulerMixin
     record: dict  # of `describe_run`
@@ -404,7 +428,8 @@ def edm_coefficients(scheduler: diffusers.SchedulerMixin, sigmas: Tensor) -> tup
 def diffuse(run: Run, latents: Tensor, noise: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """The fields of a `MicroStep` that latents and noise (B, C, h, w) give at timesteps drawn from `generator`.
 
-    EDM: the target is the latents, and 1 / sigma^2 weighs their error as one of the noise.
+    EDM: the target is the latents. 1 / c_out^2 weighs their error as EDM's paper does; on another base 1 / sigma^2
+    weighs it as one of the noise.
     """
     scheduler = run.scheduler
     draws = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
@@ -412,7 +437,8 @@ def diffuse(run: Run, latents: Tensor, noise: Tensor, generator: torch.Generator
         sigmas, timesteps = (to_device(table[draws], run.device) for table in (scheduler.sigmas, scheduler.timesteps))
         sigmas = sigmas[:, None, None, None]
         noisy_latents, (scale_input, skip, scale) = latents + sigmas * noise, edm_coefficients(scheduler, sigmas)
-        model_input, target, sample_weights = scale_input * noisy_latents, latents, sigmas**-2
+        model_input, target = scale_input * noisy_latents, latents
+        sample_weights = (scale if isinstance(scheduler, EDM_SCHEDULERS) else sigmas) ** -2
     else:
         timesteps, skip, scale = to_device(draws, run.device), 0.0, 1.0
         model_input = noisy_latents = scheduler.add_noise(latents, noise, timesteps)
@@ -479,6 +505,7 @@ def micro_steps(run: Run, start: int) -> Iterator[tuple[MicroStep, Tensor | None
     if args.anchor_source == "finetuned":  # it must see the weights of its own optimizer step
         size = max(n for n in range(1, size + 1) if args.gradient_accumulation_steps % n == 0)
     stop = args.max_train_steps * args.gradient_accumulation_steps
+    size = min(size, stop)
     first, last = start // size * size, math.ceil(stop / size) * size
     draws = images.draws(accelerator.process_index, accelerator.num_processes, first, last)
     numbered = enumerate(images.batches(draws), first)
@@ -567,6 +594,7 @@ class Training:
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     step: int = 0  # the last optimizer step that is done
     saved: int = 0  # the last one that a checkpoint holds
+    skipped: int = 0  # the last steps in a row that fp16's scaler skipped, as their gradients overflowed
     waiting: list[tuple] = dataclasses.field(default_factory=list)  # for the log: terms, rate, step, pictures
     images: list[Image.Image] = dataclasses.field(default_factory=list)  # of the last validation
 
@@ -605,8 +633,9 @@ def train(run: Run, training: Training) -> int:
             seen += step.pictures
             if accelerator.sync_gradients:
                 training.step, lr = (step.index + 1) // accumulation, training.lr_scheduler.get_last_lr()[0]
-                training.waiting.append((torch.stack(terms).mean(dim=0), lr, training.step, seen))
-                training.lr_scheduler.step()
+                skipped = {"skipped": training.skipped} if accelerator.scaler is not None else {}
+                training.waiting.append((torch.stack(terms).mean(dim=0), {"lr": lr} | skipped, training.step, seen))
+                count_skipped(run, training)
                 terms, seen, saving = [], [], training.step % args.checkpointing_steps == 0
                 if saving or training.step % args.logging_steps == 0:
                     log_steps(run, training, progress)
@@ -622,6 +651,46 @@ def train(run: Run, training: Training) -> int:
     return signal_number
 
 
+def train_and_keep(run: Run, training: Training) -> None:
+    """Train; however that ends, what was trained is on the disk before a signal or an error ends the program."""
+    args, accelerator, signals, error, signal_number = run.args, run.accelerator, run.signals, None, 0
+    signals.deferring = True
+    try:
+        signal_number = train(run, training)
+    except UsageError as damage:  # a picture that was whole when the run began
+        if accelerator.num_processes > 1:
+            raise  # the other ranks wait for this one in their step
+        error = damage
+    if (signal_number or error) and training.saved < training.step:
+        save_checkpoint(run, training)
+    if accelerator.is_main_process and training.step > 0:
+        write_results(run)
+    signal_number = signal_number or agreed_signal(run)
+    signals.deferring = False
+    if signal_number or error:
+        accelerator.end_training()
+        reason = error or signal.Signals(signal_number).name
+        reason = f"{reason}: stopped after step {training.step} of {args.max_train_steps}. To go on, add "
+        reason += f"--resume_from_checkpoint latest to the same command. Written: {written(Path(args.output_dir))}"
+        if error:
+            raise RunError(reason) from error
+        logger.warning(reason)
+        sys.exit(128 + signal_number)
+
+
+def count_skipped(run: Run, training: Training) -> None:
+    """Let the schedule wait for a step that fp16's scaler skipped; raise `RunError` where it skips all of them."""
+    if not training.optimizer.step_was_skipped:
+        training.lr_scheduler.step()
+        training.skipped = 0
+        return
+    training.skipped += 1
+    if training.skipped >= min(30, run.args.max_train_steps):
+        raise not_finite(
+            run, f"the gradients of the last {training.skipped} steps overflowed, and nothing was learned"
+        )
+
+
 def log_steps(run: Run, training: Training, progress: tqdm) -> None:
     """Fetch and log the terms of the steps that wait, as means over micro-steps and ranks; raise `RunError` at a NaN.
 
@@ -629,23 +698,34 @@ def log_steps(run: Run, training: Training, progress: tqdm) -> None:
     """
     rows = [terms for terms, *_ in training.waiting]
     rows = run.accelerator.reduce(torch.stack(rows), "mean").tolist() if rows else []
-    for values, (_, lr, step, seen) in zip(rows, training.waiting, strict=True):
-        logs = dict(zip(("loss", "loss/reconstruction", "loss/anchor"), values, strict=False)) | {"lr": lr}
+    for values, (_, more, step, seen) in zip(rows, training.waiting, strict=True):
+        logs = dict(zip(("loss", "loss/reconstruction", "loss/anchor"), values, strict=False)) | more
         progress.update(1)
         progress.set_postfix({name.removeprefix("loss/"): f"{value:.4g}" for name, value in logs.items()})
-        run.accelerator.log(logs, step=step)
+        with giving_up(run.accelerator):
+            run.accelerator.log(logs, step=step)
         if not math.isfinite(values[0]):
             names = sorted({run.images.names[index] for index in seen})
             raise not_finite(run, f"the loss of step {step} is {values[0]}, with {', '.join(names[:8])}")
     training.waiting.clear()
 
 
+@contextlib.contextmanager
+def giving_up(accelerator: Accelerator) -> Iterator[None]:
+    """Inside, a log that cannot be written (a full disk, a folder that is gone) is given up: the run goes on."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning(f"No more logs, they cannot be written: {error}")
+        accelerator.trackers.clear()
+
+
 def not_finite(run: Run, what: str) -> RunError:
     """The error for numbers that are not finite: what they are of, likely causes, and what is left."""
     fp16 = "--mixed_precision fp16 overflows where bf16 does not; " if run.accelerator.scaler is not None else ""
     causes = f"--learning_rate {run.args.learning_rate:g} may be too high; {fp16}the base may be damaged"
-    kept = last_checkpoint(Path(run.args.output_dir))
-    return RunError(f"{what}. Likely causes: {causes}. No file of the output changed; {kept}")
+    kept = [path.name for path in list_checkpoints(Path(run.args.output_dir))]
+    return RunError(f"{what}. Likely causes: {causes}. No file changed; checkpoints: {', '.join(kept) or 'none'}")
 
 
 def validation_is_due(args: Namespace, step: int) -> bool:
@@ -664,15 +744,13 @@ def validation_is_due(args: Namespace, step: int) -> bool:
 
 def read_image(source: Path | Image.Image) -> Image.Image:
     """Open a picture as RGB: upright by its EXIF orientation, 16 bits brought to 8, transparency over white."""
-    name = source if isinstance(source, Path) else "a picture of --dataset_name"
-    with explained(f"{name} cannot be read as a picture", SyntaxError, Image.DecompressionBombError):
-        image = ImageOps.exif_transpose(Image.open(source) if isinstance(source, Path) else source)
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(source) if isinstance(source, Path) else source)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def read_text(path: Path) -> str:
@@ -681,25 +759,36 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig").rstrip() if path.is_file() else ""
 
 
+def caption_in(found: object) -> str | None:
+    """A caption as a file or a column holds it, or None where that holds nothing or blanks."""
+    if found is not None and not isinstance(found, str):
+        raise ValueError(f"a caption must be text, not {found!r}")
+    return found.encode() and found.strip() or None if found else None
+
+
 def read_folder(args: Namespace) -> tuple[list[Path], list[str | None]]:
     """The pictures of a folder, and captions from `metadata.jsonl` or from NAME.txt beside NAME.jpg."""
     folder, field = Path(args.instance_data_dir), args.caption_column or "text"
+    if importlib.util.find_spec("pillow_heif"):
+        importlib.import_module("pillow_heif").register_heif_opener()
     readable = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
     files, skipped, metadata = [], [], folder / "metadata.jsonl"
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix.lower() in readable and not path.name.startswith("."):
             files.append(path)
-        elif path != metadata and path.suffix != ".txt":
+        elif path != metadata and path.suffix != ".txt" and path.name not in SYSTEM_FILES and path.name[:2] != "._":
             skipped.append(path.name)
     if skipped:
-        logger.warning(f"{folder}: not pictures, skipped: {', '.join(skipped)}")
-    captions = {path: read_text(path.with_suffix(".txt")) or None for path in files}
+        heic = any(name.lower().endswith((".heic", ".heif")) for name in skipped)
+        advice = "; for HEIC export JPEG, or pip install pillow-heif" if heic else ""
+        logger.warning(f"{folder}: not pictures, skipped: {', '.join(skipped)}{advice}")
+    captions = {path: caption_in(read_text(path.with_suffix(".txt"))) for path in files}
     form = f'{{"file_name": "00.jpg", "{field}": "a caption"}}'
     for number, line in enumerate(read_text(metadata).split("\n"), 1):
         with explained(f"{metadata}, line {number}: not the line of a picture, of the form {form}", TypeError):
             row = json.loads(line.strip() or "null")
             if row is not None:
-                captions[files[files.index(folder / row["file_name"])]] = str(row[field])
+                captions[files[files.index(folder / row["file_name"])]] = caption_in(row[field])
     return files, list(captions.values())
 
 
@@ -718,8 +807,10 @@ def read_dataset(args: Namespace) -> tuple[Sequence[Image.Image], list[str | Non
         column = getattr(args, flag)
         if column is not None and column not in dataset.column_names:
             raise UsageError(f"--{flag} {column} is not one of the columns {', '.join(dataset.column_names)}")
-    images = dataset.cast_column(args.image_column, datasets.Image())[args.image_column]
-    return images, list(dataset[args.caption_column]) if args.caption_column else [None] * len(dataset)
+    captions = dataset[args.caption_column] if args.caption_column else [None] * len(dataset)
+    with explained(f"--image_column {args.image_column} or --caption_column {args.caption_column}", TypeError):
+        images = dataset.cast_column(args.image_column, datasets.Image())[args.image_column]
+        return images, [caption_in(caption) for caption in captions]
 
 
 class SubjectImages:
@@ -737,7 +828,7 @@ class SubjectImages:
         self.caption_all(captions)
         self.names = [one.name if isinstance(one, Path) else f"picture {i}" for i, one in enumerate(self.images)]
         progress = tqdm(range(len(self.images)), desc="Reading pictures", leave=False)
-        self.sizes = [read_image(self.images[i]).size[::-1] for i in progress]  # (height, width)
+        self.sizes = [self.read(i).size[::-1] for i in progress]  # (height, width)
         buckets = [(args.resolution, args.resolution)]
         if args.aspect_ratio_buckets is not None:
             buckets = parse_buckets_string(args.aspect_ratio_buckets)
@@ -754,8 +845,12 @@ class SubjectImages:
     def caption_all(self, captions: list[str | None]) -> None:
         """Give every picture its caption, or the instance prompt, and the anchor's caption."""
         args, missing, self.captions, self.anchor_captions = self.args, captions.count(None), [], []
-        if 0 < missing < len(captions):
-            logger.warning(f"{missing} of {len(captions)} pictures have no caption: --instance_prompt stands in")
+        if missing < len(captions):
+            stands_in = ", --instance_prompt stands in for the others" if missing else ""
+            logger.info(f"Captions: found for {len(captions) - missing} of {len(captions)} pictures{stands_in}")
+        if args.anchor_weight > 0 and args.subject_token is None and len(set(captions) - {None}) > 1:
+            advice = "which draws out what they add: with --subject_token each has an anchor of its own"
+            logger.warning(f'The captions differ and all are anchored to "{args.class_prompt}", {advice}')
         if args.anchor_weight > 0 and args.class_prompt is None and missing:
             raise UsageError(f"--class_prompt is needed for the {missing} pictures without a caption")
         for caption in captions:
@@ -768,6 +863,13 @@ class SubjectImages:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def read(self, index: int) -> Image.Image:
+        """One picture; raises `UsageError`, with its name, if it cannot be read."""
+        place = self.args.instance_data_dir or self.args.dataset_name
+        errors = (SyntaxError, AttributeError, TypeError, Image.DecompressionBombError)
+        with explained(f"{self.names[index]} of {place} cannot be read as a picture, mend or remove it", *errors):
+            return read_image(self.images[index])
 
     def __getitem__(self, draw: tuple[int, tuple]) -> dict:
         """Crop, mirror and caption of one sample as drawn from its key; pixels only where latents are not cached."""
@@ -786,7 +888,7 @@ class SubjectImages:
 
     def pixel_values(self, index: int, flipped: bool, centering: tuple[float, float]) -> Tensor:
         """One picture resized to cover its window and cropped, at left and top for (0, 0): (3, h, w) in [-1, 1]."""
-        image = read_image(self.images[index])
+        image = self.read(index)
         image = ImageOps.mirror(image) if flipped else image
         method = Image.Resampling[self.args.image_interpolation_mode.replace("nearest_exact", "nearest").upper()]
         image = ImageOps.fit(image, self.windows[index][::-1], method=method, centering=centering)
@@ -960,7 +1062,7 @@ def scale_latents(latents: Tensor, vae: AutoencoderKL, inverse: bool = False) ->
 
 
 @torch.no_grad()
-def encode_texts(args: Namespace, pipeline: PIPELINE_CLASS, images: SubjectImages) -> tuple[dict, dict]:
+def encode_texts(args: Namespace, pipeline: PIPELINE_CLASS, images: SubjectImages) -> list[dict]:
     """First stage: what the text encoders, as they are, make of every prompt, for training and for sampling."""
     prompts = set(images.anchor_captions) if args.anchor_weight > 0 else set()
     prompts |= set() if args.train_text_encoder else set(images.captions)
@@ -968,7 +1070,9 @@ def encode_texts(args: Namespace, pipeline: PIPELINE_CLASS, images: SubjectImage
     progress = tqdm(sorted(prompts), desc="Encoding prompts", leave=False)
     embeddings = {prompt: encode_prompts(pipeline, [prompt], pipeline.device) for prompt in progress}
     shown = {args.validation_prompt, args.final_validation_prompt} - {None}
-    return embeddings, {prompt: encode_for_sampling(pipeline, prompt) for prompt in shown}
+    sampling_inputs = {prompt: encode_for_sampling(pipeline, prompt) for prompt in shown}
+    return [{prompt: {k: one.cpu() for k, one in found.items()} for prompt, found in cache.items()}
+            for cache in (embeddings, sampling_inputs)]  # fmt: skip
 
 
 @torch.no_grad()
@@ -980,7 +1084,7 @@ def encode_images(args: Namespace, device: torch.device, images: SubjectImages) 
     for index in tqdm(range(len(images)) if images.cacheable else (), desc="Encoding pictures", leave=False):
         for flipped in flips:
             pixel_values = images.pixel_values(index, flipped, images.fixed_centering[index])
-            posteriors[index, flipped] = vae.encode(pixel_values[None].to(device)).latent_dist.parameters
+            posteriors[index, flipped] = vae.encode(pixel_values[None].to(device)).latent_dist.parameters.cpu()
             if not posteriors[index, flipped].isfinite().all():
                 raise UsageError(f"{source}: its VAE makes numbers of {images.names[index]} that are not finite")
     return vae.to("cpu") if images.cacheable or args.offload else vae, posteriors
@@ -1049,11 +1153,6 @@ def prepare(args: Namespace, accelerator: Accelerator, images: SubjectImages, **
     denoiser = load_denoiser(args, accelerator, images)
     encoders = TRAINABLE_TEXT_ENCODERS if args.train_text_encoder else ()
     add_adapters(args, {DENOISER: denoiser} | {name: getattr(pipeline, name) for name in encoders})
-    # What micro-steps look up rests on the device if it is small: a copy for each of them costs the host time.
-    size = sum(one.nbytes for one in [*posteriors.values(), *(t for e in embeddings.values() for t in e.values())])
-    place = torch.device("cpu") if args.offload or size > CACHE_LIMIT else accelerator.device
-    embeddings = {prompt: {k: one.to(place) for k, one in found.items()} for prompt, found in embeddings.items()}
-    posteriors = {key: one.to(place) for key, one in posteriors.items()}
     student = Student(denoiser, pipeline)
     return Run(args, accelerator, images, embeddings, sampling_inputs, vae, posteriors, student, **more)
 
@@ -1069,8 +1168,12 @@ def replacing(final: Path) -> Iterator[Path]:
     """
     partial, older = (final.with_name(f".{final.name}.{ending}") for ending in ("partial", "old"))
     try:
+        final.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed during the run
         tidy(final)
         yield partial
+        if partial.is_file():  # safetensors lets nobody else read its files, whatever the umask
+            os.umask(mask := os.umask(0))
+            partial.chmod(0o666 & ~mask)
         for path in (*partial.glob("*"), partial):
             flush(path)
         if final.is_dir():
@@ -1078,10 +1181,9 @@ def replacing(final: Path) -> Iterator[Path]:
         os.replace(partial, final)
         flush(final.parent)
     except (OSError, SafetensorError) as error:
-        reason, kept = str(error).splitlines()[0], last_checkpoint(final.parent)
-        raise RunError(
-            f"{final} cannot be written ({reason}): free some space, or take another disk; {kept}"
-        ) from error
+        kept = ", ".join(path.name for path in list_checkpoints(final.parent)) or "none"
+        reason = f"{str(error).splitlines()[0]}: free some space, or copy the folder to another disk"
+        raise RunError(f"{final} cannot be written, {reason}; checkpoints that are whole: {kept}") from error
     finally:
         with contextlib.suppress(OSError):
             tidy(final)
@@ -1103,7 +1205,7 @@ def tidy(final: Path) -> None:
     if older.exists() and not final.exists():
         os.replace(older, final)
     for path in (partial, older):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def lora_layers(run: Run) -> dict[str, dict[str, Tensor]]:
@@ -1160,10 +1262,30 @@ def write_kohya_lora(run: Run, folder: Path) -> None:
 
 
 def write_results(run: Run) -> None:
-    """Write what the run is for."""
+    """Write what the run is for, in place of what an earlier run left in the folder."""
+    for stale in (Path(run.args.output_dir) / KOHYA_FILE, *Path(run.args.output_dir).glob("image_*.png")):
+        stale.unlink(missing_ok=True)
     write_lora(run, Path(run.args.output_dir))
     if run.args.output_kohya_format:
         write_kohya_lora(run, Path(run.args.output_dir))
+
+
+def written(folder: Path) -> str:
+    """What there is of a run's results, for a message."""
+    files = [folder / LORA_FILE, folder / KOHYA_FILE, *sorted(folder.glob("image_*.png"))]
+    return ", ".join(str(path) for path in files if path.is_file()) or "nothing yet"
+
+
+def set_aside(output_dir: Path, record: dict) -> None:
+    """Move checkpoints of other runs into a folder of their own, so that this run neither replaces nor uses them."""
+    places = (output_dir / f"earlier-{number}" for number in itertools.count(1))
+    place = next(path for path in places if not path.exists())
+    for path in list_checkpoints(output_dir):
+        state = read_state(path / STATE_FILE)
+        if state.get("format") != STATE_FORMAT or differences(state["run"], record):
+            place.mkdir(exist_ok=True)
+            os.replace(path, place / path.name)
+            logger.warning(f"{path} is of another run: it was moved into {place}")
 
 
 def save_checkpoint(run: Run, training: Training) -> None:
@@ -1216,7 +1338,7 @@ def write_state(path: Path, run: Run, step: int) -> None:
 def read_state(path: Path) -> dict:
     """What `write_state` wrote; empty if it is not there or not whole, or the files beside it are not."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = json.loads(path.read_text(encoding="utf-8") if path.is_file() else "")
         files = state["files"].items() if state.get("format") == STATE_FORMAT else ()
         whole = all(fingerprint(path.with_name(name)) == digest for name, digest in files)
         return state if whole and type(state["global_step"]) is int else {}
@@ -1228,12 +1350,6 @@ def list_checkpoints(output_dir: Path, before: float = math.inf) -> list[Path]:
     found = {path.name.removeprefix("checkpoint-"): path for path in output_dir.glob("checkpoint-*")}
     steps = sorted(int(step) for step in found if re.fullmatch("[0-9]+", step))
     return [found[str(step)] for step in steps if step < before and (found[str(step)] / STATE_FILE).is_file()]
-
-
-def last_checkpoint(output_dir: Path) -> str:
-    """What a message says of the checkpoints that are there."""
-    kept = list_checkpoints(output_dir)
-    return f"{kept[-1].name} is the last one" if kept else "there is no checkpoint"
 
 
 def find_checkpoint(args: Namespace) -> tuple[Path | None, dict]:
@@ -1255,7 +1371,6 @@ def find_checkpoint(args: Namespace) -> tuple[Path | None, dict]:
             logger.warning(f"{path} is not complete, or damaged: it is skipped")
     if not latest:
         raise UsageError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there or in {output_dir}")
-    logger.info(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint, the run starts at step 0")
     return None, {}
 
 
@@ -1343,8 +1458,9 @@ def validate(run: Run, prompt: str, tag: str, step: int, **sampling: int) -> lis
     free_memory()
     for tracker in run.accelerator.trackers if pictures else []:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        if tracker.name in ("tensorboard", "wandb"):
-            tracker.log_images({tag: np.stack([np.asarray(p) for p in pictures])}, step=step, **layout)
+        with giving_up(run.accelerator):
+            if tracker.name in ("tensorboard", "wandb"):
+                tracker.log_images({tag: np.stack([np.asarray(p) for p in pictures])}, step=step, **layout)
     run.accelerator.wait_for_everyone()
     return pictures
 
@@ -1352,16 +1468,18 @@ def validate(run: Run, prompt: str, tag: str, step: int, **sampling: int) -> lis
 def write_model_card(args: Namespace, pictures: list[Image.Image], prompt: str | None) -> None:
     """Write README.md, which the hub shows as the model's page, and the pictures it shows."""
     folder, base, pipeline = Path(args.output_dir), args.pretrained_model_name_or_path, PIPELINE_CLASS.__name__
-    licence, tags, absent = describe_base(args)
+    on_hub = not Path(base).exists()  # no path of this machine belongs into a card
+    base, shown = base if on_hub else Path(base).name, " ".join(args.instance_prompt.replace("`", "'").split())
+    (licence, tags, absent), dora = describe_base(args), ["dora"] if args.use_dora else []
     for i, picture in enumerate(pictures):
         with replacing(folder / f"image_{i}.png") as partial:
             picture.save(partial, format="PNG")
     data = ModelCardData(
-        base_model=base,
+        base_model=base if on_hub else None,
         instance_prompt=args.instance_prompt,
         library_name="diffusers",
         license=licence,
-        tags=["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *tags],
+        tags=["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *tags, *dora],
         widget=[{"text": prompt, "output": {"url": f"image_{i}.png"}} for i in range(len(pictures))] or None,
     )
     anchored = f"w = {args.anchor_weight:g}, class prompt `{args.class_prompt or 'one for each caption'}`"
@@ -1369,7 +1487,7 @@ def write_model_card(args: Namespace, pictures: list[Image.Image], prompt: str |
 {data.to_yaml()}
 ---
 
-# LoRA for `{args.instance_prompt}`
+# LoRA for `{shown}`
 
 A LoRA of rank {args.rank} for {base}, trained with [Semantic Anchoring Personalization]({PAPER}):
 {anchored if args.anchor_weight > 0 else "w = 0, without anchor"}.
@@ -1382,7 +1500,7 @@ import torch
 from diffusers import {pipeline}
 
 pipeline = {pipeline}.from_pretrained({", ".join([repr(base), *absent])}, dtype=torch.float16)
-pipeline.load_lora_weights({(args.hub_model_id or args.output_dir)!r}, weight_name={LORA_FILE!r})
+pipeline.load_lora_weights({(args.hub_model_id or folder.name)!r}, weight_name={LORA_FILE!r})
 image = pipeline.to("cuda")({(prompt or args.instance_prompt)!r}).images[0]
 ```
 """
@@ -1392,6 +1510,8 @@ image = pipeline.to("cuda")({(prompt or args.instance_prompt)!r}).images[0]
 
 def describe_base(args: Namespace) -> tuple[str, list[str], list[str]]:
     """The licence of the base, the hub's tags for its kind, and arguments without which it does not load."""
+    if "playground" in args.pretrained_model_name_or_path.lower():
+        return "playground-v2dot5-community", ["playground", "playground-diffusers"], []
     return "openrail++", ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"], []
 
 
@@ -1419,8 +1539,8 @@ boolean.__name__ = "bool"
 COUNT = value(int, "at least 1", lambda x: x >= 1)
 WHOLE = value(int, "at least 0 and below 2**63", lambda x: 0 <= x < 2**63)  # as torch's generators take seeds
 EDGE = value(int, f"a multiple of {LATENT_STRIDE}", lambda x: x >= 1 and x % LATENT_STRIDE == 0)
-AMOUNT = value(float, "finite and at least 0", lambda x: 0 <= x < math.inf)
-POSITIVE = value(float, "finite and above 0", lambda x: 0 < x < math.inf)
+AMOUNT = value(float, "at least 0 and below 1e38", lambda x: 0 <= x < 1e38)  # float32 ends there
+POSITIVE = value(float, "above 0 and below 1e38", lambda x: 0 < x < 1e38)
 SHARE = value(float, "at least 0 and below 1", lambda x: 0 <= x < 1)
 TEXT = value(str, "given a value, or left out", bool)  # it is empty where a shell variable was not set
 FOLDER = value(str, "a folder that is there", lambda x: Path(x).is_dir())
@@ -1494,7 +1614,7 @@ FLAGS = [
     ("--snr_gamma", POSITIVE, None, "Min-SNR weighting of both loss terms, 5.0 in arXiv 2303.09556."),
     ("--allow_tf32", "Let Ampere and newer GPUs multiply in TF32."),
     ("--enable_xformers_memory_efficient_attention", "Use xformers' attention."),
-    ("--offload", "Text encoders that do not train read prompts on the CPU; VAE, latents and embeddings rest there."),
+    ("--offload", "Text encoders that do not train read prompts on the CPU; the VAE rests there."),
     ("--bnb_quantization_config_path", TEXT, None, "JSON file of diffusers' BitsAndBytesConfig: the frozen denoiser "
      "in 4 or 8 bits, on a GPU."),
     ("--compile", "Compile the denoiser's blocks: minutes at first, then faster steps."),
@@ -1542,7 +1662,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of `FLAGS`."""
     usage = "accelerate launch %(prog)s --pretrained_model_name_or_path BASE --instance_data_dir FOLDER "
     usage += '--instance_prompt "a photo of sks dog" --class_prompt "a photo of a dog" [more flags]'
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0], fromfile_prefix_chars="@")
     for flag in FLAGS:
         if isinstance(flag, str):
             add = parser.add_argument_group(flag).add_argument
@@ -1558,16 +1678,20 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse_args(input_args: Sequence[str] | None = None) -> Namespace:
     """Read and check the command line (`sys.argv` without `input_args`); a mistake ends in one sentence, status 2."""
-    parser = make_parser()
-    args = parser.parse_args(input_args)
+    parser, given = make_parser(), sys.argv[1:] if input_args is None else list(input_args)
+    args, unknown = parser.parse_known_args(given)
+    known = [name for name in parser._option_string_actions if name.startswith("--")]
+    for word in unknown:
+        like = difflib.get_close_matches(word.split("=")[0], known, 1)
+        parser.error(f"unrecognized arguments: {word}" + (f"; did you mean {like[0]}?" if like else ""))
+    for name in {word.split("=")[0] for word in given if word.startswith("--")}.difference(known):
+        meant = [one for one in known if one.startswith(name)]
+        print(f"{name} is read as {meant[0]}" if meant else "", end="\n" if meant else "", file=sys.stderr)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     if args.hub_token:  # wandb copies sys.argv into its files
         sys.argv[1:] = [word.replace(args.hub_token, "***") for word in sys.argv[1:]]
     try:
-        if args.anchor_weight > 0 and args.class_prompt is None and args.subject_token:
-            # With a caption for every picture the instance prompt is not used, and may lack the token.
-            with contextlib.suppress(ValueError) if args.caption_column else explained("--subject_token"):
-                args.class_prompt = anchor_caption(args.instance_prompt, args.subject_token, args.class_token or "")
+        derive_class_prompt(args)
         for sentence, applies in mistakes(args).items():
             if applies:
                 raise UsageError(sentence)
@@ -1577,12 +1701,37 @@ def parse_args(input_args: Sequence[str] | None = None) -> Namespace:
     return args
 
 
+def derive_class_prompt(args: Namespace) -> None:
+    """Where `--class_prompt` is not given: `--instance_prompt` without `--subject_token`, or without the one word in
+    it that is customary for subjects."""
+    prompt, token = args.instance_prompt, args.subject_token
+    args.class_prompt_lacks = None
+    if args.anchor_weight == 0 or args.class_prompt is not None:
+        return
+    if token is not None:  # where every picture has a caption the instance prompt is not used, and may lack it
+        with contextlib.suppress(ValueError) if args.caption_column else explained("--subject_token"):
+            args.class_prompt = anchor_caption(prompt, token, args.class_token or "")
+        return
+    found = re.findall(r"(?<!\S)(?:sks|zwx|ohwx|xjy|TOK|[VS]\*|\[V\*?\]|<[^<>\s]+>)(?!\S)", prompt)
+    if len(found) == 1:
+        before, after = prompt.split(found[0])
+        article = "an" if after.strip()[:1].lower() in tuple("aeiou") else "a"
+        replaced = re.search(r"(^|\s)(an?)\s+$", before)
+        token = f"{replaced[2]} {found[0]}" if replaced else found[0]
+        known = re.search(r"(^|\s)(the|my|your|his|her|our|their|this|that|one)\s+$", before)
+        plural = re.match(r"\s+\w*[^s\W]s\b", after)
+        args.class_prompt = anchor_caption(prompt, token, "" if known or plural or not after.strip() else article)
+        args.class_prompt_lacks = found[0]
+
+
 def mistakes(args: Namespace) -> dict[str, bool]:
     """What can be wrong with a command line, a sentence each, and whether it is."""
     with explained('--aspect_ratio_buckets: write "h,w;h,w", such as "512,512;640,384"'):
         buckets = parse_buckets_string(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else []
     with explained("--hub_model_id"):
         validate_repo_id((args.hub_model_id or Path(args.output_dir).name) if args.push_to_hub else "none")
+    photos = args.instance_data_dir and Path(args.instance_data_dir)
+    accumulation = str(args.gradient_accumulation_steps)
     trackers, found = ({str(name) for name in names} - {"all"} for names in (LoggerType, get_available_trackers()))
     packages = {
         "--optimizer prodigy": ("prodigyopt", args.optimizer.lower() == "prodigy"),
@@ -1596,6 +1745,10 @@ def mistakes(args: Namespace) -> dict[str, bool]:
         "pass the subject's pictures once: either --instance_data_dir or --dataset_name":
             (args.instance_data_dir is None) == (args.dataset_name is None),
         f"--output_dir: {args.output_dir} is a file; name a folder": Path(args.output_dir).is_file(),
+        "--output_dir is in the folder of the photos, and what is made there would be trained on; take another one":
+            photos is not None and Path(args.output_dir).resolve().is_relative_to(photos.resolve()),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS, which is set, differs from --gradient_accumulation_steps: unset it":
+            os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", accumulation) != accumulation,
         f"--aspect_ratio_buckets: every edge must be a multiple of {LATENT_STRIDE}":
             any(edge % LATENT_STRIDE for size in buckets for edge in size),
         "--class_token replaces --subject_token, which is not given: pass both":
@@ -1637,11 +1790,12 @@ def quantization_config(args: Namespace, dtype: torch.dtype = torch.float32) -> 
 
 
 def warn_about_arguments(args: Namespace) -> None:
-    """Say once what was accepted and is not used."""
+    """Say once what was accepted and is not used, and what is hardly meant."""
     unused = {"with_prior_preservation": False, "class_data_dir": None, "num_class_images": 100,
               "prior_loss_weight": 1.0, "prior_generation_precision": None, "sample_batch_size": 4}  # fmt: skip
     given = [f"--{name}" for name, default in unused.items() if getattr(args, name) != default]
-    prodigy = args.optimizer.lower() == "prodigy"
+    prodigy, anchor = args.optimizer.lower() == "prodigy", args.class_prompt if args.anchor_weight > 0 else None
+    identifier = args.subject_token or "sks"
     for sentence, applies in {
         f"{', '.join(given)}: unused, the anchor of --class_prompt replaces class images": given,
         "--use_8bit_adam: unused, the optimizer is Prodigy": prodigy and args.use_8bit_adam,
@@ -1649,6 +1803,8 @@ def warn_about_arguments(args: Namespace) -> None:
             prodigy and args.learning_rate <= 0.1,
         "--text_encoder_lr: unused, Prodigy has one rate for all, --learning_rate":
             prodigy and args.train_text_encoder,
+        f'--class_prompt "{anchor}" should be --instance_prompt without the word for the subject':
+            anchor and (anchor == args.instance_prompt or identifier in anchor.split()),
     }.items():  # fmt: skip
         if applies:
             logger.warning(sentence)
@@ -1678,15 +1834,31 @@ def start_accelerator(args: Namespace) -> Accelerator:
         )
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    logger.filters = [lambda record: setattr(record, "msg", printable(record.msg)) or True]
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     with explained(f"--output_dir {output_dir} cannot be written, take another one"):
         if accelerator.is_main_process:
             output_dir.mkdir(parents=True, exist_ok=True)
             (output_dir / ".lock").touch()
-            for path in output_dir.glob(".checkpoint-*.*"):  # of a run that was killed while it wrote
-                tidy(path.with_name(path.stem[1:]))
-    accelerator.wait_for_everyone()
     return accelerator
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, no other run writes into the folder, if its file system has locks; raises `UsageError` if one does."""
+    lock = FileLock(folder / ".lock")
+    try:
+        with contextlib.suppress(NotImplementedError):
+            lock.acquire(blocking=False)
+        for path in folder.glob(".checkpoint-*.*"):  # of a run that was killed while it wrote
+            tidy(path.with_name(path.stem[1:]))
+        yield
+    except Timeout as error:
+        if error.lock_file != lock.lock_file:
+            raise
+        raise UsageError(f"--output_dir {folder}: another run writes into it; wait, or take another one") from error
+    finally:
+        lock.release()
 
 
 def announce(run: Run) -> None:
@@ -1698,11 +1870,18 @@ def announce(run: Run) -> None:
     batch = args.train_batch_size * args.gradient_accumulation_steps * run.accelerator.num_processes
     logger.info(f"Pictures: {len(images)}, with {captions} {'captions' if captions > 1 else 'caption'}")
     logger.info(f'Subject:  "{images.captions[0]}"')
-    logger.info(f"Anchor:   {anchor}")
+    lacks = f' (--instance_prompt without "{args.class_prompt_lacks}"; --class_prompt to say it better)'
+    logger.info(f"Anchor:   {anchor}{lacks if args.class_prompt_lacks else ''}")
     logger.info(f"Training: {args.max_train_steps} steps of {batch} samples, {trained:,} parameters, seed {args.seed}")
     logger.info(f"Output:   {Path(args.output_dir) / LORA_FILE}")
+    each, small = args.max_train_steps * batch / len(images), sum(min(size) < args.resolution for size in images.sizes)
+    if each < 50:  # half of what 500 steps of batch 1 give each of five pictures
+        logger.warning(f"Each picture is seen {each:.3g} times, which teaches little: --max_train_steps")
+    if small:
+        logger.warning(f"{small} of {len(images)} pictures are smaller than --resolution {args.resolution}")
     settings = {name: found for name, found in vars(args).items() if name != "hub_token"}
-    run.accelerator.init_trackers(TRACKER, {k: v for k, v in settings.items() if isinstance(v, int | float | str)})
+    with giving_up(run.accelerator):
+        run.accelerator.init_trackers(TRACKER, {k: v for k, v in settings.items() if isinstance(v, int | float | str)})
 
 
 def finish(run: Run, images: list[Image.Image], repo_id: str | None) -> None:
@@ -1715,17 +1894,27 @@ def finish(run: Run, images: list[Image.Image], repo_id: str | None) -> None:
         prompt = args.validation_prompt
     if run.accelerator.is_main_process:
         write_model_card(args, images, prompt)
-        if repo_id is not None:  # logs, checkpoints and anything else stay here
-            files = ["pytorch_lora_weights*.safetensors", "README.md", "image_*.png"]
-            upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=files, token=args.hub_token)
         write_state(folder / FINISHED_FILE, run, args.max_train_steps)
-        logger.info(f"Written: {folder / LORA_FILE}; use it with pipeline.load_lora_weights({args.output_dir!r})")
+        if repo_id is not None:
+            upload(args, repo_id)
+        logger.info(f"Written: {written(folder)}; use it with pipeline.load_lora_weights({args.output_dir!r})")
 
 
-def run_stages(args: Namespace, signals: StopRequests) -> None:
-    """What `main` does; `args` is settled on the way."""
-    accelerator, output_dir = start_accelerator(args), Path(args.output_dir)
-    is_main = accelerator.is_main_process
+def upload(args: Namespace, repo_id: str) -> None:
+    """Upload the LoRA, its card and its pictures; logs, checkpoints and anything else stay here."""
+    files = ["pytorch_lora_weights*.safetensors", "README.md", "image_*.png"]
+    try:
+        upload_folder(repo_id=repo_id, folder_path=args.output_dir, allow_patterns=files, token=args.hub_token)
+    except (OSError, ValueError) as error:
+        again = f"hf upload {repo_id} {args.output_dir} . --include {' '.join(map(repr, files))}"
+        raise RunError(
+            f"The upload failed ({str(error).splitlines()[0]}); all is written. To try again: {again}"
+        ) from error
+
+
+def run_stages(args: Namespace, accelerator: Accelerator, signals: StopRequests) -> None:
+    """What `main` does, in the folder that it has locked."""
+    output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
     warn_about_arguments(args)
     check_base(args)
     scheduler = training_scheduler(args)
@@ -1744,14 +1933,18 @@ def run_stages(args: Namespace, signals: StopRequests) -> None:
     if done and (KOHYA_FILE in finished["files"] or not args.output_kohya_format):
         logger.info(f"{output_dir} holds the finished run of {finished['global_step']} steps: nothing is left")
         return
+    if state.get("global_step", 0) > args.max_train_steps:
+        raise UsageError(f"--resume_from_checkpoint {checkpoint} is beyond --max_train_steps {args.max_train_steps}")
     if checkpoint is not None and differences(state["run"], record):
         raise UsageError(
             f"--resume_from_checkpoint {checkpoint} is of another run: {differences(state['run'], record)}; go on "
             "with what was, or start a new run in another --output_dir"
         )
+    if args.resume_from_checkpoint == "latest" and checkpoint is None:
+        logger.info(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint, the run starts at step 0")
     repo_id = None
     if args.push_to_hub and is_main:
-        with explained("--push_to_hub: try `hf auth login`"):
+        with explained("--push_to_hub"):
             repo_id = create_repo(args.hub_model_id or output_dir.name, exist_ok=True, token=args.hub_token).repo_id
 
     run = prepare(args, accelerator, images, scheduler=scheduler, record=record, signals=signals)
@@ -1763,33 +1956,43 @@ def run_stages(args: Namespace, signals: StopRequests) -> None:
         )
     if is_main:
         (output_dir / FINISHED_FILE).unlink(missing_ok=True)
-    signals.deferring = True  # until what was trained is on the disk
-    signal_number = train(run, training)
-    if signal_number and training.saved < training.step:
-        save_checkpoint(run, training)
-    if is_main and training.step > 0:
-        write_results(run)
-    signal_number = signal_number or agreed_signal(run)
-    signals.deferring = False
-    if signal_number:
-        accelerator.end_training()
-        name, steps = signal.Signals(signal_number).name, f"{training.step} of {args.max_train_steps}"
-        advice = "To go on, add --resume_from_checkpoint latest to the same command"
-        logger.warning(f"{name}: stopped after step {steps}. {advice}")
-        sys.exit(128 + signal_number)
+        set_aside(output_dir, record)
+    train_and_keep(run, training)
     finish(run, training.images, repo_id)
     accelerator.end_training()
 
 
 def main(args: Namespace) -> None:
     """Train as the command line says; raises `UsageError` for what the user can mend, before a model is loaded."""
+    args = Namespace(**vars(args))  # settled on the way
     with StopRequests() as signals:
-        run_stages(Namespace(**vars(args)), signals)
+        accelerator = start_accelerator(args)
+        with locked(Path(args.output_dir)) if accelerator.is_main_process else contextlib.nullcontext():
+            run_stages(args, accelerator, signals)
+
+
+class Steady:
+    """A stream whose reader may go (`2>&1 | head`) or whose disk may be full: the run goes on without it."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Steady(sys.stdout), Steady(sys.stderr)
     try:
         main(parse_args())
     except (UsageError, RunError) as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        print(f"{Path(__file__).name}: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
