@@ -77,15 +77,19 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params, find_nearest_bucket, free_memory, parse_buckets_string
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
 from filelock import FileLock, Timeout
 from huggingface_hub import ModelCardData, create_repo, upload_folder
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict
-from PIL import Image, ImageOps
+from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -96,17 +100,18 @@ logger = logging.getLogger("sap_lora")
 
 
 def semantic_anchor_loss(
-    prediction: Tensor, target: Tensor, anchor: Tensor | None = None, anchor_weight=0.5, sample_weights=1.0
+    prediction: Tensor, target: Tensor, anchor: Tensor | None = None, anchor_weight=0.5, sample_weights=1.0, mask=1.0
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Eq. 5 of arXiv 2511.22245: ||target - prediction||^2 + w ||prediction - anchor||^2, as means over elements.
 
     Prediction and anchor (B, C, h, w) come from the same noisy latents and timesteps, and through the same output
     map; `sample_weights` (broadcastable to them) multiplies both terms. Then Eq. 5 means the same for every
-    parameterisation. Without an anchor it is DreamBooth's loss.
+    parameterisation. Without an anchor it is DreamBooth's loss. `mask` (broadcastable) weighs the reconstruction
+    alone: where it is low the photo teaches little and the anchor holds.
 
     Returns the loss, its reconstruction term and its anchor term (not yet multiplied by w; None without an anchor).
     """
-    reconstruction = (sample_weights * (target.float() - prediction.float()) ** 2).mean()
+    reconstruction = (mask * sample_weights * (target.float() - prediction.float()) ** 2).mean()
     if anchor is None:
         return reconstruction, reconstruction, None
     anchor_distance = (sample_weights * (prediction.float() - anchor.float()) ** 2).mean()
@@ -318,6 +323,7 @@ class MicroStep:
     prompts: list[str]
     conditioning: dict[str, Tensor]  # on the subject prompts; without embeddings if text encoders train
     anchor_conditioning: dict[str, Tensor]  # on the class prompts; empty without anchor
+    mask: Tensor | float  # (B, 1, h, w), what weighs the reconstruction
     model_input: Tensor  # (B, C, h, w), the noisy latents
     timesteps: Tensor  # (B,)
     target: Tensor  # (B, C, h, w)
@@ -349,6 +355,22 @@ class Student(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         """All that the optimizer changes."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+class Tokens:
+    """A tokenizer whose tokens are on the device when the pipeline asks for them there: its copy would wait."""
+
+    def __init__(self, tokenizer, device: torch.device):
+        self.tokenizer, self.device = tokenizer, device
+
+    def __getattr__(self, name: str):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, *texts, **options):
+        tokens = self.tokenizer(*texts, **options)
+        for name in tokens:
+            tokens[name] = to_device(tokens[name], self.device)
+        return tokens
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:
@@ -392,6 +414,15 @@ def look_up_embeddings(run: Run, prompts: list[str]) -> dict[str, Tensor]:
     return {name: to_device(torch.cat([one[name] for one in found]), run.device) for name in found[0]}
 
 
+def mask_weights(run: Run, items: list[dict], size: torch.Size) -> Tensor | float:
+    """What the reconstruction weighs in each place (B, 1, h, w): 1 inside the masks, `--unmasked_weight` outside."""
+    if not run.images.masks:
+        return 1.0
+    masks = [run.images.mask(item["index"], item["flipped"], item["centering"]) for item in items]
+    inside = nn.functional.adaptive_avg_pool2d(torch.stack(masks), size)
+    return to_device(inside + run.args.unmasked_weight * (1 - inside), run.device)
+
+
 def diffuse(run: Run, latents: Tensor, noise: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """The fields of a `MicroStep` that latents and noise (B, C, h, w) give at timesteps drawn from `generator`, by
     `--weighting_scheme` and from the scheduler's table."""
@@ -421,8 +452,9 @@ def draw_micro_step(run: Run, index: int, items: list[dict]) -> MicroStep:
     pictures, prompts, anchor_prompts = ([item[k] for item in items] for k in ("index", "prompt", "anchor_prompt"))
     conditioning = {} if args.train_text_encoder else look_up_embeddings(run, prompts)
     anchor_conditioning = look_up_embeddings(run, anchor_prompts) if args.anchor_weight > 0 else {}
+    mask = mask_weights(run, items, latents.shape[-2:])
     diffused = diffuse(run, latents, noise, generator)
-    return MicroStep(index, pictures, prompts, conditioning, anchor_conditioning, **diffused)
+    return MicroStep(index, pictures, prompts, conditioning, anchor_conditioning, mask, **diffused)
 
 
 def to_target_space(prediction: Tensor, step: MicroStep) -> Tensor:
@@ -437,7 +469,7 @@ def loss_terms(step: MicroStep, anchor: Tensor | None, student: nn.Module, args:
     """Student forward and objective of one micro-step: loss, reconstruction term, anchor term."""
     prediction = student(step.model_input, step.timesteps, step.conditioning, step.prompts)
     prediction, anchor = (None if one is None else to_target_space(one, step) for one in (prediction, anchor))
-    return semantic_anchor_loss(prediction, step.target, anchor, args.anchor_weight, step.sample_weights)
+    return semantic_anchor_loss(prediction, step.target, anchor, args.anchor_weight, step.sample_weights, step.mask)
 
 
 def micro_steps(run: Run, start: int) -> Iterator[tuple[MicroStep, Tensor | None]]:
@@ -589,7 +621,10 @@ def train(run: Run, training: Training) -> int:
                     save_checkpoint(run, training)
             signal_number = agreed_signal(run)
             if not signal_number and accelerator.sync_gradients and validation_is_due(args, training.step):
-                training.images = validate(run, args.validation_prompt, "validation", training.step)
+                if args.validation_prompts:
+                    training.images = validate(run, args.validation_prompts, "validation", training.step)
+                if args.validation_data_dir is not None:
+                    log_held_out(run, training.step)
                 signal_number = agreed_signal(run)
             if signal_number:
                 break
@@ -648,12 +683,20 @@ def log_steps(run: Run, training: Training, progress: tqdm) -> None:
         logs = dict(zip(("loss", "loss/reconstruction", "loss/anchor"), values, strict=False)) | more
         progress.update(1)
         progress.set_postfix({name.removeprefix("loss/"): f"{value:.4g}" for name, value in logs.items()})
-        with giving_up(run.accelerator):
-            run.accelerator.log(logs, step=step)
+        log(run, logs, step)
         if not math.isfinite(values[0]):
             names = sorted({run.images.names[index] for index in seen})
             raise not_finite(run, f"the loss of step {step} is {values[0]}, with {', '.join(names[:8])}")
     training.waiting.clear()
+
+
+def log(run: Run, values: dict[str, float], step: int) -> None:
+    """Give values to the trackers and, whatever they are, a line to `metrics.jsonl`."""
+    with giving_up(run.accelerator):
+        run.accelerator.log(values, step=step)
+        if run.accelerator.is_main_process:
+            with (Path(run.args.output_dir) / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
 
 
 @contextlib.contextmanager
@@ -674,9 +717,30 @@ def not_finite(run: Run, what: str) -> RunError:
     return RunError(f"{what}. Likely causes: {causes}. No file changed; checkpoints: {', '.join(kept) or 'none'}")
 
 
+@torch.no_grad()
+def log_held_out(run: Run, step: int) -> None:
+    """Log the two terms on the pictures of `--validation_data_dir`, at noise and timesteps that stay the same."""
+    images, terms = run.images, []
+    with evaluating(run.student), run.accelerator.autocast():
+        for number in range(8 * (len(images) - images.count)):  # each picture eight times
+            index = images.count + number % (len(images) - images.count)
+            item = images[index, (run.args.seed, "held out", number)] | {"centering": (0.5, 0.5), "flipped": False}
+            if not images.cacheable:
+                item["pixel_values"] = images.pixel_values(index, False, (0.5, 0.5))
+                encode_crops(run, [(0, [item])])
+            drawn = draw_micro_step(run, -1 - number, [item])
+            inputs = [(drawn.model_input, drawn.timesteps, drawn.anchor_conditioning)]
+            anchors = predict_anchors(run.student.denoiser, denoise, inputs) if run.args.anchor_weight > 0 else [None]
+            terms.append(
+                [term for term in loss_terms(drawn, anchors[0], run.student, run.args)[1:] if term is not None]
+            )
+    means = torch.tensor(terms).mean(dim=0).tolist()
+    log(run, dict(zip(("val/reconstruction", "val/anchor"), means, strict=False)), step)
+
+
 def validation_is_due(args: Namespace, step: int) -> bool:
     """Whether pictures are made after this step: every --validation_steps, or at the end of due epochs."""
-    if args.validation_prompt is None or args.num_validation_images == 0:
+    if args.validation_data_dir is None and not (args.validation_prompts and args.num_validation_images):
         return False
     if args.validation_steps is not None:
         return step % args.validation_steps == 0
@@ -712,9 +776,9 @@ def caption_in(found: object) -> str | None:
     return found.encode() and found.strip() or None if found else None
 
 
-def read_folder(args: Namespace) -> tuple[list[Path], list[str | None]]:
+def read_folder(name: str, field: str | None) -> tuple[list[Path], list[str | None]]:
     """The pictures of a folder, and captions from `metadata.jsonl` or from NAME.txt beside NAME.jpg."""
-    folder, field = Path(args.instance_data_dir), args.caption_column or "text"
+    folder, field = Path(name), field or "text"
     if importlib.util.find_spec("pillow_heif"):
         importlib.import_module("pillow_heif").register_heif_opener()
     readable = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
@@ -768,21 +832,29 @@ class SubjectImages:
 
     def __init__(self, args: Namespace):
         self.args = args
-        self.images, captions = read_folder(args) if args.instance_data_dir is not None else read_dataset(args)
-        if len(self.images) == 0:
-            raise UsageError(f"{args.instance_data_dir or args.dataset_name} holds no picture")
-        self.caption_all(captions)
+        folder, held_out = args.instance_data_dir, args.validation_data_dir
+        self.images, captions = read_dataset(args) if folder is None else read_folder(folder, args.caption_column)
+        self.count = len(self.images)  # after those to train on come the indices of those held out for validation
+        self.held_out, more = read_folder(held_out, args.caption_column) if held_out is not None else ([], [])
+        if self.count == 0 or held_out is not None and not self.held_out:
+            raise UsageError(f"{held_out if self.count else folder or args.dataset_name} holds no picture")
+        self.caption_all(captions + more)
         self.names = [one.name if isinstance(one, Path) else f"picture {i}" for i, one in enumerate(self.images)]
-        progress = tqdm(range(len(self.images)), desc="Reading pictures", leave=False)
+        self.names += [path.name for path in self.held_out]
+        progress = tqdm(range(len(self)), desc="Reading pictures", leave=False)
         self.sizes = [self.read(i).size[::-1] for i in progress]  # (height, width)
         buckets = [(args.resolution, args.resolution)]
         if args.aspect_ratio_buckets is not None:
             buckets = parse_buckets_string(args.aspect_ratio_buckets)
+        elif args.use_aspect_ratio_buckets:
+            buckets = diffusers.training_utils.generate_aspect_ratio_buckets(args.resolution, LATENT_STRIDE)
+        self.masks = self.read_masks()
         self.windows = [buckets[find_nearest_bucket(*size, buckets)] for size in self.sizes]
         scales = [max(H / h, W / w) for (h, w), (H, W) in zip(self.sizes, self.windows, strict=True)]
         # The pictures' sizes when they are resized to just cover their windows.
         self.covering = [(round(h * s), round(w * s)) for (h, w), s in zip(self.sizes, scales, strict=True)]
-        centred = args.center_crop or args.aspect_ratio_buckets is not None or self.covering == self.windows
+        in_buckets = args.aspect_ratio_buckets is not None or args.use_aspect_ratio_buckets
+        centred = args.center_crop or in_buckets or self.covering == self.windows
         self.cacheable = centred or args.cache_latents
         crops = (torch.rand(2, generator=keyed_generator(args.seed, "crop", i)).tolist() for i in range(len(self)))
         self.fixed_centering = [(0.5, 0.5) if centred else tuple(crop) for crop in crops]  # where latents are cached
@@ -808,14 +880,14 @@ class SubjectImages:
             self.anchor_captions.append(anchor)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return self.count + len(self.held_out)
 
     def read(self, index: int) -> Image.Image:
         """One picture; raises `UsageError`, with its name, if it cannot be read."""
         place = self.args.instance_data_dir or self.args.dataset_name
         errors = (SyntaxError, AttributeError, TypeError, Image.DecompressionBombError)
         with explained(f"{self.names[index]} of {place} cannot be read as a picture, mend or remove it", *errors):
-            return read_image(self.images[index])
+            return read_image(self.images[index] if index < self.count else self.held_out[index - self.count])
 
     def __getitem__(self, draw: tuple[int, tuple]) -> dict:
         """Crop, mirror and caption of one sample as drawn from its key; pixels only where latents are not cached."""
@@ -834,11 +906,50 @@ class SubjectImages:
 
     def pixel_values(self, index: int, flipped: bool, centering: tuple[float, float]) -> Tensor:
         """One picture resized to cover its window and cropped, at left and top for (0, 0): (3, h, w) in [-1, 1]."""
-        image = self.read(index)
-        image = ImageOps.mirror(image) if flipped else image
-        method = Image.Resampling[self.args.image_interpolation_mode.replace("nearest_exact", "nearest").upper()]
-        image = ImageOps.fit(image, self.windows[index][::-1], method=method, centering=centering)
+        method = self.args.image_interpolation_mode.replace("nearest_exact", "nearest").upper()
+        image = self.fit(self.read(index), index, flipped, centering, method)
         return VaeImageProcessor(do_resize=False).preprocess(image)[0]
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019 (as above)
+    def mask(self, index: int, flipped: bool, centering: tuple[float, float]) -> Tensor:
+        """The mask of a picture, mirrored, resized and cropped as that is: (1, h, w) in [0, 1], 1 on the subject."""
+        mask = self.fit(self.masks[index], index, flipped, centering, "BOX")
+        return torch.from_numpy(np.asarray(mask, np.float32) / 255)[None]
+
+    def fit(self, image: Image.Image, index: int, flipped: bool, centering: tuple, method: str) -> Image.Image:
+        """A picture, or its mask, mirrored if need be, resized to cover its window and cropped."""
+        image = ImageOps.mirror(image) if flipped else image
+        return ImageOps.fit(image, self.windows[index][::-1], method=Image.Resampling[method], centering=centering)
+
+    def read_masks(self) -> list[Image.Image]:
+        """For each picture the grey one of its name in `--mask_dir`, or what `--alpha_mask` sees in it; none at all
+        without these flags. Raises `UsageError` for one that is missing, left over, misshapen, black or inverted."""
+        args, folder, masks = self.args, self.args.mask_dir and Path(self.args.mask_dir), []
+        files = {path.stem: path for path in sorted(folder.iterdir())} if folder else {}
+        if folder and {Path(name).stem for name in self.names[: self.count]} != set(files):
+            wrong = sorted({Path(name).stem for name in self.names[: self.count]} ^ set(files))
+            raise UsageError(
+                f"--mask_dir {folder}: a mask without a photo, or a photo without a mask: {', '.join(wrong)}"
+            )
+        for index in range(self.count) if folder or args.alpha_mask else ():
+            source, name = self.images[index], self.names[index]
+            with explained(f"--mask_dir or --alpha_mask: the mask of {name}", SyntaxError):
+                image = (
+                    Image.open(files[Path(name).stem] if folder else source)
+                    if folder or isinstance(source, Path)
+                    else source
+                )
+                image = ImageOps.exif_transpose(image)
+                mask = image.convert("L") if folder else image.convert("RGBA").getchannel("A")
+                white = np.asarray(mask).mean() / 255
+                if mask.size[::-1] != self.sizes[index]:
+                    raise ValueError(f"it has {mask.size[0]} x {mask.size[1]} pixels, not the photo's")
+                if white == 0 or white > 0.9:
+                    raise ValueError(
+                        f"{white:.0%} of it is white, which is for the subject; is it inverted, or opaque?"
+                    )
+            masks.append(mask)
+        return masks
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (the pictures live as long as the run)
     def epoch(self, number: int) -> list[list[int]]:
@@ -848,8 +959,8 @@ class SubjectImages:
         together, and the last batch of a window is filled up from its first pictures, so all batches weigh the same.
         """
         generator, batches, size = keyed_generator(self.args.seed, "epoch", number), [], self.args.train_batch_size
-        for window in sorted(set(self.windows)):
-            members = [i for i, other in enumerate(self.windows) if other == window] * self.args.repeats
+        for window in sorted(set(self.windows[: self.count])):
+            members = [i for i in range(self.count) if self.windows[i] == window] * self.args.repeats
             shuffled = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
             filled = itertools.cycle(shuffled)
             batches += [list(itertools.islice(filled, size)) for _ in range(math.ceil(len(members) / size))]
@@ -984,7 +1095,7 @@ def load_text_pipeline(args: Namespace, accelerator: Accelerator, images: Subjec
         pipeline = TextPipeline.from_pretrained(base, **parts, **UNUSED_PARTS, **files)
     del parts  # or T5 would live on
     pipeline.to("cpu" if args.offload else accelerator.device)
-    prompts = {"", *images.captions, *images.anchor_captions, args.validation_prompt, args.final_validation_prompt}
+    prompts = {"", *images.captions, *images.anchor_captions, *args.validation_prompts, args.final_validation_prompt}
     pipeline.remember_t5(prompts - {None}, args.max_sequence_length, config["joint_attention_dim"])
     return pipeline.to("cpu" if args.offload and not args.train_text_encoder else accelerator.device)
 
@@ -1043,7 +1154,7 @@ def encode_texts(args: Namespace, pipeline: PIPELINE_CLASS, images: SubjectImage
     prompts |= {""} if args.caption_dropout > 0 else set()
     progress = tqdm(sorted(prompts), desc="Encoding prompts", leave=False)
     embeddings = {prompt: encode_prompts(pipeline, [prompt], pipeline.device) for prompt in progress}
-    shown = {args.validation_prompt, args.final_validation_prompt} - {None}
+    shown = {*args.validation_prompts, args.final_validation_prompt} - {None}
     sampling_inputs = {prompt: encode_for_sampling(pipeline, prompt) for prompt in shown}
     return [{prompt: {k: one.cpu() for k, one in found.items()} for prompt, found in cache.items()}
             for cache in (embeddings, sampling_inputs)]  # fmt: skip
@@ -1120,22 +1231,43 @@ def add_adapters(args: Namespace, modules: dict[str, nn.Module]) -> None:
         module.train()
 
 
+def load_init_lora(args: Namespace, modules: dict[str, nn.Module]) -> None:
+    """Start from the LoRA of `--init_lora`, of the same layers and rank, as diffusers reads it."""
+    with explained(f"--init_lora {args.init_lora}", TypeError):
+        found = PIPELINE_CLASS.lora_state_dict(args.init_lora)
+        state, alphas = found if isinstance(found, tuple) else (found, None)
+        for name, module in modules.items():
+            layers = {key[len(name) + 1 :]: one for key, one in state.items() if key.startswith(f"{name}.")}
+            layers = (
+                convert_unet_state_dict_to_peft(layers) if name == DENOISER else convert_state_dict_to_peft(layers)
+            )
+            kept = "" if hasattr(module, "text_model") else "text_model."
+            layers = {key.removeprefix(kept): one.float() for key, one in layers.items() if "alpha" not in key}
+            mine = get_peft_model_state_dict(module, save_embedding_layers=False)
+            if {key: one.shape for key, one in layers.items()} != {key: one.shape for key, one in mine.items()}:
+                raise ValueError(f"its layers of {name}, or its rank, are not those of --lora_layers and --rank")
+            for key in (key for key in layers if "lora_B" in key):  # this run's scale is alpha / rank
+                alpha = (alphas or {}).get(f"{name}.{key.rsplit('.lora_B', 1)[0]}.alpha", args.rank)
+                layers[key] *= float(alpha) / (args.lora_alpha or args.rank)
+            set_peft_model_state_dict(module, layers)
+
+
 def prepare(args: Namespace, accelerator: Accelerator, images: SubjectImages, **more) -> Run:
     """Go through the stages, each of which lets go of what the next one does not need before that loads anything."""
     pipeline = load_text_pipeline(args, accelerator, images)
     embeddings, sampling_inputs = encode_texts(args, pipeline, images)
     pipeline = pipeline if args.train_text_encoder else None
+    for name in (name for name in BASE_PARTS if name.startswith("tokenizer") and pipeline is not None):
+        setattr(pipeline, name, Tokens(getattr(pipeline, name), accelerator.device))
     free_memory()
     vae, posteriors = encode_images(args, accelerator.device, images)
     free_memory()
     denoiser = load_denoiser(args, accelerator, images)
     encoders = TRAINABLE_TEXT_ENCODERS if args.train_text_encoder else ()
-    add_adapters(args, {DENOISER: denoiser} | {name: getattr(pipeline, name) for name in encoders})
-    # What micro-steps look up rests on the device if it is small: a copy for each of them costs the host time.
-    size = sum(one.nbytes for one in [*posteriors.values(), *(t for e in embeddings.values() for t in e.values())])
-    place = torch.device("cpu") if args.offload or size > CACHE_LIMIT else accelerator.device
-    embeddings = {prompt: {k: one.to(place) for k, one in found.items()} for prompt, found in embeddings.items()}
-    posteriors = {key: one.to(place) for key, one in posteriors.items()}
+    modules = {DENOISER: denoiser} | {name: getattr(pipeline, name) for name in encoders}
+    add_adapters(args, modules)
+    if args.init_lora is not None:
+        load_init_lora(args, modules)
     student = Student(denoiser, pipeline)
     return Run(args, accelerator, images, embeddings, sampling_inputs, vae, posteriors, student, **more)
 
@@ -1229,7 +1361,9 @@ def write_lora(run: Run, folder: Path) -> None:
 
 
 def write_results(run: Run) -> None:
-    """Write what the run is for."""
+    """Write what the run is for, in place of what an earlier run left in the folder."""
+    for stale in (Path(run.args.output_dir) / KOHYA_FILE, *Path(run.args.output_dir).glob("image_*.png")):
+        stale.unlink(missing_ok=True)
     write_lora(run, Path(run.args.output_dir))
 
 
@@ -1349,13 +1483,15 @@ def fingerprint(source: Path | Image.Image, size: int = -1) -> str:
 
 # What may change when a run is resumed: output, places, speed; the pictures and captions themselves are compared.
 FREE_ON_RESUME = """
-    instance_data_dir dataset_name dataset_config_name image_column caption_column cache_dir dataloader_num_workers
-    with_prior_preservation class_data_dir num_class_images prior_loss_weight prior_generation_precision
-    sample_batch_size pre_compute_text_embeddings num_train_epochs steps_per_epoch local_rank anchor_batch_size
-    gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention output_dir output_kohya_format
+    instance_data_dir dataset_name dataset_config_name image_column caption_column cache_dir
+    dataloader_num_workers with_prior_preservation class_data_dir num_class_images prior_loss_weight
+    prior_generation_precision sample_batch_size pre_compute_text_embeddings num_train_epochs
+    steps_per_epoch local_rank anchor_batch_size gradient_checkpointing allow_tf32
+    enable_xformers_memory_efficient_attention output_dir output_kohya_format validation_prompts
+    validation_prompts_file validation_guidance_scale validation_inference_steps validation_data_dir
     validation_prompt num_validation_images validation_epochs validation_steps final_validation_prompt
-    skip_final_inference checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to logging_dir
-    logging_steps push_to_hub hub_token hub_model_id compile offload""".split()
+    skip_final_inference checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to
+    logging_dir logging_steps push_to_hub hub_token hub_model_id compile offload""".split()
 
 
 def describe_run(args: Namespace, accelerator: Accelerator, images: SubjectImages) -> dict:
@@ -1370,10 +1506,12 @@ def describe_run(args: Namespace, accelerator: Accelerator, images: SubjectImage
         parts = [(path.relative_to(base).as_posix(), path.stat().st_size, fingerprint(path, 2**20)) for path in files]
         digest = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
         record["--pretrained_model_name_or_path"] = f"a folder with the content {digest}"
-    record["the pictures"] = images.names
-    for i, name in enumerate(images.names):
+    record["the pictures"] = images.names[: images.count]
+    for i, name in enumerate(images.names[: images.count]):
         record[f"the content of {name}"] = fingerprint(images.images[i])
         record[f"the captions of {name}"] = [images.captions[i], images.anchor_captions[i]]
+    for name, mask in zip(images.names, images.masks, strict=False):
+        record[f"the mask of {name}"] = fingerprint(mask)
     return json.loads(json.dumps(record))
 
 
@@ -1387,7 +1525,7 @@ def differences(was: dict, now: dict) -> str:
 
 
 @torch.no_grad()
-def sample_images(run: Run, prompt: str, **sampling: int) -> list[Image.Image]:
+def sample_images(run: Run, prompt: str, **sampling: float) -> list[Image.Image]:
     """Pictures of the model as it is, from `--seed`: denoised in the run's precision, decoded in float32."""
     args, student, inputs = run.args, run.student, run.sampling_inputs[prompt]
     parts = dict.fromkeys(inspect.signature(PIPELINE_CLASS).parameters) | UNUSED_PARTS
@@ -1397,6 +1535,8 @@ def sample_images(run: Run, prompt: str, **sampling: int) -> list[Image.Image]:
     pipeline.set_progress_bar_config(disable=True)
     generator, latents = torch.Generator().manual_seed(args.seed), []
     options = {"height": args.resolution, "width": args.resolution, "output_type": "latent", **sampling}
+    options |= {"num_inference_steps": args.validation_inference_steps} if args.validation_inference_steps else {}
+    options |= {} if args.validation_guidance_scale is None else {"guidance_scale": args.validation_guidance_scale}
     with evaluating(student), run.accelerator.autocast():
         if student.text_pipeline is not None:
             inputs = encode_for_sampling(student.text_pipeline, prompt)
@@ -1414,17 +1554,42 @@ def sampling_scheduler(run: Run) -> diffusers.SchedulerMixin:
     return diffusers.FlowMatchEulerDiscreteScheduler.from_config(run.scheduler.config)
 
 
-def validate(run: Run, prompt: str, tag: str, step: int, **sampling: int) -> list[Image.Image]:
-    """Make pictures on the main process, until a request to stop, and show them to the trackers under `tag`."""
-    pictures = sample_images(run, prompt, **sampling) if run.accelerator.is_main_process else []
+def validate(run: Run, prompts: list[str], tag: str, step: int, **sampling: float) -> list[Image.Image]:
+    """Make pictures on the main process, until a request to stop; show them to the trackers under `tag`, and whoever
+    looks into the folder as one grid, a row a prompt. Returns those of the first prompt."""
+    rows = (
+        {prompt: sample_images(run, prompt, **sampling) for prompt in prompts}
+        if run.accelerator.is_main_process
+        else {}
+    )
+    rows = {prompt: pictures for prompt, pictures in rows.items() if pictures}
     free_memory()
-    for tracker in run.accelerator.trackers if pictures else []:
+    for tracker in run.accelerator.trackers if rows else []:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         with giving_up(run.accelerator):
-            if tracker.name in ("tensorboard", "wandb"):
-                tracker.log_images({tag: np.stack([np.asarray(p) for p in pictures])}, step=step, **layout)
+            for number, pictures in enumerate(rows.values() if tracker.name in ("tensorboard", "wandb") else []):
+                name = f"{tag}/{number}" if number else tag
+                tracker.log_images({name: np.stack([np.asarray(p) for p in pictures])}, step=step, **layout)
+    if rows:
+        with replacing(Path(run.args.output_dir) / "validation" / f"{tag}-{step:06}.png") as partial:
+            labelled_grid(rows).save(partial, format="PNG")
     run.accelerator.wait_for_everyone()
-    return pictures
+    return next(iter(rows.values()), [])
+
+
+def labelled_grid(rows: dict[str, list[Image.Image]]) -> Image.Image:
+    """Pictures in rows, each row below its prompt."""
+    width, height = next(iter(rows.values()))[0].size
+    columns, size = max(map(len, rows.values())), max(12, height // 24)
+    grid = Image.new("RGB", (columns * width, len(rows) * (height + 2 * size)), "white")
+    for number, (prompt, pictures) in enumerate(rows.items()):
+        top = number * (height + 2 * size)
+        ImageDraw.Draw(grid).text(
+            (size // 2, top + size // 2), printable(prompt), "black", ImageFont.load_default(size)
+        )
+        for column, picture in enumerate(pictures):
+            grid.paste(picture, (column * width, top + 2 * size))
+    return grid
 
 
 def write_model_card(args: Namespace, pictures: list[Image.Image], prompt: str | None) -> None:
@@ -1516,7 +1681,7 @@ FLAGS_OF_BASE = [
     ("--without_t5", "Leave T5 out, to save memory; CLIP alone reads the prompts."),
     ("--upcast_before_saving", "Accepted: what is saved is always float32."),
     ("--lora_blocks", value(str, 'numbers with commas between them, "0,2"',
-     lambda x: all(part.strip().isdecimal() for part in x.split(","))), None, "Numbers of blocks to adapt (default: all)."),
+     lambda x: all(part.strip().isdecimal() for part in x.split(","))), None, "Numbers of blocks to adapt."),
     ("--weighting_scheme", str, "logit_normal", "Density of timesteps, or weight of both terms.",
      ["sigma_sqrt", "logit_normal", "mode", "cosmap"]),
     ("--logit_mean", value(float, "from -100 to 100", lambda x: -100 <= x <= 100), 0.0,
@@ -1554,8 +1719,12 @@ FLAGS = [
     ("--repeats", COUNT, 1, "How often each picture counts in one epoch."),
     ("--center_crop", "Crop the middle instead of a random place."),
     ("--random_flip", "Mirror each picture with probability 1/2."),
+    ("--use_aspect_ratio_buckets", "Many shapes of as many pixels instead of a square; the nearest one is taken."),
     ("--aspect_ratio_buckets", TEXT, None, 'Sizes "h,w;h,w;..." instead of a square; the nearest one is taken.'),
     ("--cache_latents", "Encode each picture once (a random crop then stays the same)."),
+    ("--mask_dir", FOLDER, None, "A grey picture NAME.png for each photo NAME.jpg, white on the subject."),
+    ("--alpha_mask", "The photos' own transparency is the mask."),
+    ("--unmasked_weight", value(float, "from 0 to 1", lambda x: 0 <= x <= 1), 0.1, "What the photo weighs outside."),
     ("--caption_dropout", SHARE, 0.0, "Share of samples trained with an empty prompt."),
     ("--image_interpolation_mode", str, "lanczos", "How pictures are resized.",
      ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]),
@@ -1573,6 +1742,7 @@ FLAGS = [
     ("--prior_generation_precision", str, None, "Unused.", ["no", "fp32", "fp16", "bf16"]),
     ("--sample_batch_size", int, 4, "Unused."),
     "LoRA",
+    ("--init_lora", TEXT, None, "Start from this LoRA, of the same rank and layers: a file, folder or hub name."),
     ("--rank", COUNT, 4, "Rank of the update matrices."),
     ("--lora_alpha", POSITIVE, None, "The update is scaled by alpha / rank (default: the rank, a scale of 1)."),
     ("--lora_dropout", SHARE, 0.0, "Dropout before the update matrices."),
@@ -1617,6 +1787,10 @@ FLAGS = [
     ("--num_validation_images", WHOLE, 4, "How many of them."),
     ("--validation_epochs", COUNT, 50, "Every how many epochs."),
     ("--validation_steps", COUNT, None, "Every how many optimizer steps, instead of epochs."),
+    ("--validation_prompts_file", TEXT, None, "More prompts, one a line."),
+    ("--validation_guidance_scale", AMOUNT, None, "Guidance of these pictures (default: the pipeline's)."),
+    ("--validation_inference_steps", COUNT, None, "Denoising steps of these pictures."),
+    ("--validation_data_dir", FOLDER, None, "Photos held out: both loss terms on them, logged as val/."),
     ("--final_validation_prompt", str, None, "Another prompt for the pictures at the end."),
     ("--skip_final_inference", "Make no pictures at the end."),
     ("--checkpointing_steps", COUNT, 500, "Optimizer steps between checkpoints."),
@@ -1663,7 +1837,11 @@ def parse_args(input_args: Sequence[str] | None = None) -> Namespace:
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     if args.hub_token:  # wandb copies sys.argv into its files
         sys.argv[1:] = [word.replace(args.hub_token, "***") for word in sys.argv[1:]]
+    args.validation_prompts = [args.validation_prompt] if args.validation_prompt else []
     try:
+        if args.validation_prompts_file is not None:
+            lines = read_text(Path(args.validation_prompts_file)).splitlines()
+            args.validation_prompts += [line.strip() for line in lines if line.strip()]
         derive_class_prompt(args)
         for sentence, applies in mistakes(args).items():
             if applies:
@@ -1729,6 +1907,11 @@ def mistakes(args: Namespace) -> dict[str, bool]:
         'the anchor needs a prompt for the class: --class_prompt, "a photo of a dog" for "a photo of sks dog", '
         "or --subject_token to derive it, or --anchor_weight 0 to train without it":
             args.anchor_weight > 0 and args.class_prompt is None and args.subject_token is None,
+        "masks need the anchor, which holds what is outside of them: without it that is destroyed; drop "
+        "--anchor_weight 0": (args.mask_dir or args.alpha_mask) and args.anchor_weight == 0,
+        "--mask_dir and --alpha_mask are two sources of masks: pass one": args.mask_dir and args.alpha_mask,
+        "--use_aspect_ratio_buckets needs diffusers 0.42: update it, or pass --aspect_ratio_buckets":
+            args.use_aspect_ratio_buckets and not hasattr(diffusers.training_utils, "generate_aspect_ratio_buckets"),
         f"--report_to must be one of {', '.join(sorted(trackers))}, all, none, not {args.report_to}":
             args.report_to not in trackers | {"all", "none"},
         **{f"{flag} needs the package {package}, which is not installed: pip install {package}":
@@ -1845,13 +2028,16 @@ def announce(run: Run) -> None:
     captions = len(set(images.captions))
     anchor = f'"{images.anchor_captions[0]}", w = {args.anchor_weight:g}' if args.anchor_weight > 0 else "none (w = 0)"
     batch = args.train_batch_size * args.gradient_accumulation_steps * run.accelerator.num_processes
-    logger.info(f"Pictures: {len(images)}, with {captions} {'captions' if captions > 1 else 'caption'}")
+    logger.info(f"Pictures: {images.count}, with {captions} {'captions' if captions > 1 else 'caption'}")
     logger.info(f'Subject:  "{images.captions[0]}"')
     lacks = f' (--instance_prompt without "{args.class_prompt_lacks}"; --class_prompt to say it better)'
     logger.info(f"Anchor:   {anchor}{lacks if args.class_prompt_lacks else ''}")
     logger.info(f"Training: {args.max_train_steps} steps of {batch} samples, {trained:,} parameters, seed {args.seed}")
     logger.info(f"Output:   {Path(args.output_dir) / LORA_FILE}")
-    each, small = args.max_train_steps * batch / len(images), sum(min(size) < args.resolution for size in images.sizes)
+    each, small = (
+        args.max_train_steps * batch / images.count,
+        sum(min(size) < args.resolution for size in images.sizes),
+    )
     if each < 50:  # half of what 500 steps of batch 1 give each of five pictures
         logger.warning(f"Each picture is seen {each:.3g} times, which teaches little: --max_train_steps")
     if small:
@@ -1864,13 +2050,13 @@ def announce(run: Run) -> None:
 def finish(run: Run, images: list[Image.Image], repo_id: str | None) -> None:
     """The last pictures, the card and the upload: what can fail comes after the LoRA is written."""
     args, folder = run.args, Path(run.args.output_dir)
-    prompt = args.final_validation_prompt or args.validation_prompt
-    if prompt is not None and args.num_validation_images > 0 and not args.skip_final_inference:
-        images = validate(run, prompt, "test", args.max_train_steps, **FINAL_SAMPLING)
+    prompts = [args.final_validation_prompt] if args.final_validation_prompt else args.validation_prompts
+    if prompts and args.num_validation_images > 0 and not args.skip_final_inference:
+        images = validate(run, prompts, "test", args.max_train_steps, **FINAL_SAMPLING)
     else:
-        prompt = args.validation_prompt
+        prompts = args.validation_prompts
     if run.accelerator.is_main_process:
-        write_model_card(args, images, prompt)
+        write_model_card(args, images, (prompts or [None])[0])
         write_state(folder / FINISHED_FILE, run, args.max_train_steps)
         if repo_id is not None:
             upload(args, repo_id)
