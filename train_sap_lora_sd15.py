@@ -412,7 +412,7 @@ def look_up_embeddings(run: Run, prompts: list[str]) -> dict[str, Tensor]:
 
 def mask_weights(run: Run, items: list[dict], size: torch.Size) -> Tensor | float:
     """What the reconstruction weighs in each place (B, 1, h, w): 1 inside the masks, `--unmasked_weight` outside."""
-    if not run.images.masks:
+    if not run.images.masks or items[0]["index"] >= run.images.count:  # pictures that are held out have none
         return 1.0
     masks = [run.images.mask(item["index"], item["flipped"], item["centering"]) for item in items]
     inside = nn.functional.adaptive_avg_pool2d(torch.stack(masks), size)
