@@ -84,7 +84,6 @@ from diffusers.utils import (
 )
 from filelock import FileLock, Timeout
 from huggingface_hub import ModelCardData, create_repo, upload_folder
-from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -277,17 +276,14 @@ def explained(what: str, *more: type[Exception]) -> Iterator[None]:
 
 def hub_advice(error: BaseException | None) -> str:
     """What to do about an error that has its cause in the hub."""
-    causes = {
-        hub_errors.GatedRepoError: ", accept its terms on the hub, then `hf auth login`",
-        hub_errors.RepositoryNotFoundError: ", check the name; if it is private, `hf auth login`",
-        (
-            hub_errors.LocalEntryNotFoundError,
-            hub_errors.OfflineModeIsEnabled,
-        ): ", the hub cannot be reached: go online, or name a folder",
-        hub_errors.LocalTokenNotFoundError: ", `hf auth login` first",
-    }
-    found = [advice for kind, advice in causes.items() if isinstance(error, kind)]
-    return "" if error is None else found[0] if found else hub_advice(error.__cause__ or error.__context__)
+    advice = {"GatedRepoError": "accept its terms on the hub, then `hf auth login`",
+              "RepositoryNotFoundError": "check the name; if it is private, `hf auth login`",
+              "LocalTokenNotFoundError": "`hf auth login` first",
+              "LocalEntryNotFoundError": "the hub cannot be reached: go online, or name a folder",
+              "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set: unset it, or name a folder"}  # fmt: skip
+    while error is not None and type(error).__name__ not in advice:
+        error = error.__cause__ or error.__context__
+    return "" if error is None else f" ({advice[type(error).__name__]})"
 
 
 # ---- Micro-steps: one batch each, from its draws to its losses ----
@@ -663,13 +659,10 @@ def count_skipped(run: Run, training: Training) -> None:
     """Let the schedule wait for a step that fp16's scaler skipped; raise `RunError` where it skips all of them."""
     if not training.optimizer.step_was_skipped:
         training.lr_scheduler.step()
-        training.skipped = 0
-        return
+        training.skipped = -1
     training.skipped += 1
     if training.skipped >= min(30, run.args.max_train_steps):
-        raise not_finite(
-            run, f"the gradients of the last {training.skipped} steps overflowed, and nothing was learned"
-        )
+        raise not_finite(run, f"the gradients of {training.skipped} steps in a row overflowed: nothing was learned")
 
 
 def log_steps(run: Run, training: Training, progress: tqdm) -> None:
@@ -731,11 +724,9 @@ def log_held_out(run: Run, step: int) -> None:
             drawn = draw_micro_step(run, -1 - number, [item])
             inputs = [(drawn.model_input, drawn.timesteps, drawn.anchor_conditioning)]
             anchors = predict_anchors(run.student.denoiser, denoise, inputs) if run.args.anchor_weight > 0 else [None]
-            terms.append(
-                [term for term in loss_terms(drawn, anchors[0], run.student, run.args)[1:] if term is not None]
-            )
-    means = torch.tensor(terms).mean(dim=0).tolist()
-    log(run, dict(zip(("val/reconstruction", "val/anchor"), means, strict=False)), step)
+            found = loss_terms(drawn, anchors[0], run.student, run.args)[1:]
+            terms.append([term for term in found if term is not None])
+    log(run, dict(zip(("val/reconstruction", "val/anchor"), torch.tensor(terms).mean(0).tolist(), strict=False)), step)
 
 
 def validation_is_due(args: Namespace, step: int) -> bool:
@@ -926,29 +917,20 @@ class SubjectImages:
         without these flags. Raises `UsageError` for one that is missing, left over, misshapen, black or inverted."""
         args, folder, masks = self.args, self.args.mask_dir and Path(self.args.mask_dir), []
         files = {path.stem: path for path in sorted(folder.iterdir())} if folder else {}
-        if folder and {Path(name).stem for name in self.names[: self.count]} != set(files):
-            wrong = sorted({Path(name).stem for name in self.names[: self.count]} ^ set(files))
-            raise UsageError(
-                f"--mask_dir {folder}: a mask without a photo, or a photo without a mask: {', '.join(wrong)}"
-            )
+        wrong = sorted({Path(name).stem for name in self.names[: self.count]} ^ set(files)) if folder else []
+        if wrong:
+            raise UsageError(f"--mask_dir {folder}: a mask or a photo without the other: {', '.join(wrong)}")
         for index in range(self.count) if folder or args.alpha_mask else ():
             source, name = self.images[index], self.names[index]
+            source = files[Path(name).stem] if folder else source
             with explained(f"--mask_dir or --alpha_mask: the mask of {name}", SyntaxError):
-                image = (
-                    Image.open(files[Path(name).stem] if folder else source)
-                    if folder or isinstance(source, Path)
-                    else source
-                )
-                image = ImageOps.exif_transpose(image)
-                mask = image.convert("L") if folder else image.convert("RGBA").getchannel("A")
-                white = np.asarray(mask).mean() / 255
-                if mask.size[::-1] != self.sizes[index]:
-                    raise ValueError(f"it has {mask.size[0]} x {mask.size[1]} pixels, not the photo's")
+                image = ImageOps.exif_transpose(Image.open(source) if isinstance(source, Path) else source)
+                masks.append(image.convert("L") if folder else image.convert("RGBA").getchannel("A"))
+                (width, height), white = masks[-1].size, np.asarray(masks[-1]).mean() / 255
+                if (height, width) != self.sizes[index]:
+                    raise ValueError(f"it has {width} x {height} pixels, not the photo's")
                 if white == 0 or white > 0.9:
-                    raise ValueError(
-                        f"{white:.0%} of it is white, which is for the subject; is it inverted, or opaque?"
-                    )
-            masks.append(mask)
+                    raise ValueError(f"{white:.0%} of it is white, for the subject; is it inverted, or opaque?")
         return masks
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (the pictures live as long as the run)
@@ -1016,11 +998,11 @@ def check_base(args: Namespace) -> None:
 def check_folder(folder: Path, variant: str | None) -> None:
     """Look for the files of one part of the base; of weights only the headers are read, but whole they must be."""
     kind, weights, wrong = folder.name.split("_")[0], sorted(folder.glob("*.safetensors")), None
-    configuration = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}.get(kind)
+    configuration = f"{kind}_config.json" if kind in ("tokenizer", "scheduler") else "config.json"
     stems = [re.sub(r"-\d+-of-\d+", "", path.stem) for path in weights]
-    if not (folder / (configuration or "config.json")).is_file():
-        wrong = f"{folder / (configuration or 'config.json')} is missing; get the folder again"
-    elif configuration is None and not weights:
+    if not (folder / configuration).is_file():
+        wrong = f"{folder / configuration} is missing; get the folder again"
+    elif configuration == "config.json" and not weights:
         wrong = f"{folder} holds no weights in the safetensors format"
     elif kind in (DENOISER, "vae") and not any(stem.partition(".")[2] == (variant or "") for stem in stems):
         wrong = f"{folder} has only {weights[0].name}, see --variant"
@@ -1238,9 +1220,8 @@ def load_init_lora(args: Namespace, modules: dict[str, nn.Module]) -> None:
         state, alphas = found if isinstance(found, tuple) else (found, None)
         for name, module in modules.items():
             layers = {key[len(name) + 1 :]: one for key, one in state.items() if key.startswith(f"{name}.")}
-            layers = (
-                convert_unet_state_dict_to_peft(layers) if name == DENOISER else convert_state_dict_to_peft(layers)
-            )
+            convert = convert_unet_state_dict_to_peft if name == DENOISER else convert_state_dict_to_peft
+            layers = convert(layers)
             kept = "" if hasattr(module, "text_model") else "text_model."
             layers = {key.removeprefix(kept): one.float() for key, one in layers.items() if "alpha" not in key}
             mine = get_peft_model_state_dict(module, save_embedding_layers=False)
@@ -1451,23 +1432,21 @@ def list_checkpoints(output_dir: Path, before: float = math.inf) -> list[Path]:
 
 def find_checkpoint(args: Namespace) -> tuple[Path | None, dict]:
     """The checkpoint that `--resume_from_checkpoint` means ("latest", a name or a path), and its state."""
-    wanted, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
-    if wanted is None:
-        return None, {}
-    latest = wanted == "latest"
-    for path in reversed(list_checkpoints(output_dir)) if latest else (output_dir / wanted, Path(wanted)):
+    flag, output_dir = f"--resume_from_checkpoint {args.resume_from_checkpoint}", Path(args.output_dir)
+    places = [output_dir / str(args.resume_from_checkpoint), Path(str(args.resume_from_checkpoint))]
+    latest = args.resume_from_checkpoint == "latest"
+    for path in reversed(list_checkpoints(output_dir)) if latest else places if args.resume_from_checkpoint else ():
         state = read_state(path / STATE_FILE)
         if state and state.get("format") != STATE_FORMAT:
-            raise UsageError(
-                f"--resume_from_checkpoint {wanted}: {path} has format {state.get('format', 1)}, this script reads "
-                f"{STATE_FORMAT}: go on with the version that wrote it, or start a new run in another --output_dir"
-            )
+            formats = f"format {state.get('format', 1)}, and this script reads {STATE_FORMAT}"
+            advice = "go on with the version that wrote it, or start a new run in another --output_dir"
+            raise UsageError(f"{flag}: {path} has {formats}: {advice}")
         if state:
             return path, state
         if latest:
             logger.warning(f"{path} is not complete, or damaged: it is skipped")
-    if not latest:
-        raise UsageError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there or in {output_dir}")
+    if args.resume_from_checkpoint and not latest:
+        raise UsageError(f"{flag}: no complete checkpoint there or in {output_dir}")
     return None, {}
 
 
@@ -1481,29 +1460,26 @@ def fingerprint(source: Path | Image.Image, size: int = -1) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-# What may change when a run is resumed: output, places, speed; the pictures and captions themselves are compared.
+# What may change when a run is resumed, beside the flags of output: places, speed, and what pictures and captions say.
 FREE_ON_RESUME = """
-    instance_data_dir dataset_name dataset_config_name image_column caption_column cache_dir
-    dataloader_num_workers with_prior_preservation class_data_dir num_class_images prior_loss_weight
-    prior_generation_precision sample_batch_size pre_compute_text_embeddings num_train_epochs
-    steps_per_epoch local_rank anchor_batch_size gradient_checkpointing allow_tf32
-    enable_xformers_memory_efficient_attention output_dir output_kohya_format validation_prompts
-    validation_prompts_file validation_guidance_scale validation_inference_steps validation_data_dir
-    validation_prompt num_validation_images validation_epochs validation_steps final_validation_prompt
-    skip_final_inference checkpointing_steps checkpoints_total_limit resume_from_checkpoint report_to
-    logging_dir logging_steps push_to_hub hub_token hub_model_id compile offload""".split()
+    instance_data_dir dataset_name dataset_config_name image_column caption_column cache_dir local_rank compile offload
+    dataloader_num_workers pre_compute_text_embeddings num_train_epochs steps_per_epoch anchor_batch_size output_dir
+    gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention validation_prompt validation_prompts
+    with_prior_preservation class_data_dir num_class_images prior_loss_weight prior_generation_precision
+    sample_batch_size""".split()
 
 
 def describe_run(args: Namespace, accelerator: Accelerator, images: SubjectImages) -> dict:
     """What the result of a run depends on, as JSON has it: flags, the base (a local one by its files), pictures."""
-    record = {f"--{name}": found for name, found in vars(args).items() if name not in FREE_ON_RESUME}
+    free = {*FREE_ON_RESUME, *(flag[0][2:] for flag in FLAGS[FLAGS.index(OUTPUT) + 1 :])}
+    record = {f"--{name}": found for name, found in vars(args).items() if name not in free}
     record |= {"--mixed_precision": accelerator.mixed_precision, "--num_processes": accelerator.num_processes}
     if args.lr_scheduler.startswith("constant"):
         del record["--max_train_steps"]
     base = Path(args.pretrained_model_name_or_path)
     if base.is_dir():
         files = sorted(path for part in BASE_PARTS for path in (base / part).rglob("*") if path.is_file())
-        parts = [(path.relative_to(base).as_posix(), path.stat().st_size, fingerprint(path, 2**20)) for path in files]
+        parts = {path.relative_to(base).as_posix(): (path.stat().st_size, fingerprint(path, 2**20)) for path in files}
         digest = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
         record["--pretrained_model_name_or_path"] = f"a folder with the content {digest}"
     record["the pictures"] = images.names[: images.count]
@@ -1557,12 +1533,9 @@ def sampling_scheduler(run: Run) -> diffusers.SchedulerMixin:
 def validate(run: Run, prompts: list[str], tag: str, step: int, **sampling: float) -> list[Image.Image]:
     """Make pictures on the main process, until a request to stop; show them to the trackers under `tag`, and whoever
     looks into the folder as one grid, a row a prompt. Returns those of the first prompt."""
-    rows = (
-        {prompt: sample_images(run, prompt, **sampling) for prompt in prompts}
-        if run.accelerator.is_main_process
-        else {}
-    )
-    rows = {prompt: pictures for prompt, pictures in rows.items() if pictures}
+    prompts = prompts if run.accelerator.is_main_process else []
+    made = ((prompt, sample_images(run, prompt, **sampling)) for prompt in prompts)
+    rows = {prompt: pictures for prompt, pictures in made if pictures}
     free_memory()
     for tracker in run.accelerator.trackers if rows else []:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -1584,9 +1557,8 @@ def labelled_grid(rows: dict[str, list[Image.Image]]) -> Image.Image:
     grid = Image.new("RGB", (columns * width, len(rows) * (height + 2 * size)), "white")
     for number, (prompt, pictures) in enumerate(rows.items()):
         top = number * (height + 2 * size)
-        ImageDraw.Draw(grid).text(
-            (size // 2, top + size // 2), printable(prompt), "black", ImageFont.load_default(size)
-        )
+        text = ((size // 2, top + size // 2), printable(prompt), "black", ImageFont.load_default(size))
+        ImageDraw.Draw(grid).text(*text)
         for column, picture in enumerate(pictures):
             grid.paste(picture, (column * width, top + 2 * size))
     return grid
@@ -1673,6 +1645,7 @@ FOLDER = value(str, "a folder that is there", lambda x: Path(x).is_dir())
 LAYERS = value(str, 'names with commas between them, "to_k,to_v"', lambda x: all(n.strip() for n in x.split(",")))
 SCHEDULE = value(str, f"one of {', '.join(LR_SCHEDULERS)}", LR_SCHEDULERS.__contains__)
 OPTIMIZER = value(str, "AdamW or prodigy", lambda x: x.lower() in ("adamw", "prodigy"))
+OUTPUT = "output: validation, checkpoints, logs, hub"
 
 # Every flag of diffusers' example, with its type, default and choices, and ours; those that matter come first. A flag
 # is its name, type, default (... where it must be given), help and choices, or a name and its help for a switch.
@@ -1782,7 +1755,7 @@ FLAGS = [
     ("--prodigy_use_bias_correction", boolean, True, "Bias correction in Prodigy."),
     ("--prodigy_safeguard_warmup", boolean, True, "Keep Prodigy's estimate small in warm-up."),
     ("--max_grad_norm", POSITIVE, 1.0, "Gradients are clipped to this norm."),
-    "output: validation, checkpoints, logs, hub",
+    OUTPUT,
     ("--output_kohya_format", "Also write the LoRA with the keys of kohya's tools."),
     ("--num_validation_images", WHOLE, 4, "How many of them."),
     ("--validation_epochs", COUNT, 50, "Every how many epochs."),
@@ -1832,8 +1805,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> Namespace:
         like = difflib.get_close_matches(word.split("=")[0], known, 1)
         parser.error(f"unrecognized arguments: {word}" + (f"; did you mean {like[0]}?" if like else ""))
     for name in {word.split("=")[0] for word in given if word.startswith("--")}.difference(known):
-        meant = [one for one in known if one.startswith(name)]
-        print(f"{name} is read as {meant[0]}" if meant else "", end="\n" if meant else "", file=sys.stderr)
+        print(f"{name} is read as {next(one for one in known if one.startswith(name))}", file=sys.stderr)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     if args.hub_token:  # wandb copies sys.argv into its files
         sys.argv[1:] = [word.replace(args.hub_token, "***") for word in sys.argv[1:]]
@@ -1865,13 +1837,14 @@ def derive_class_prompt(args: Namespace) -> None:
         return
     found = re.findall(r"(?<!\S)(?:sks|zwx|ohwx|xjy|TOK|[VS]\*|\[V\*?\]|<[^<>\s]+>)(?!\S)", prompt)
     if len(found) == 1:
-        before, after = prompt.split(found[0])
-        article = "an" if after.strip()[:1].lower() in tuple("aeiou") else "a"
-        replaced = re.search(r"(^|\s)(an?)\s+$", before)
-        token = f"{replaced[2]} {found[0]}" if replaced else found[0]
-        known = re.search(r"(^|\s)(the|my|your|his|her|our|their|this|that|one)\s+$", before)
-        plural = re.match(r"\s+\w*[^s\W]s\b", after)
-        args.class_prompt = anchor_caption(prompt, token, "" if known or plural or not after.strip() else article)
+        before, after = (part.split() for part in prompt.split(found[0]))
+        article = "an" if " ".join(after)[:1].lower() in tuple("aeiou") else "a"
+        token = f"{before[-1]} {found[0]}" if before[-1:] in (["a"], ["an"]) else found[0]
+        # No article where another word says which one is meant, or where the noun may be plural.
+        bare = (
+            not after or after[0].endswith("s") or before[-1:] in ([w] for w in "the my your his her our this".split())
+        )
+        args.class_prompt = anchor_caption(prompt, token, "" if bare and token == found[0] else article)
         args.class_prompt_lacks = found[0]
 
 
@@ -2010,13 +1983,12 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         with contextlib.suppress(NotImplementedError):
             lock.acquire(blocking=False)
+    except Timeout as error:
+        raise UsageError(f"--output_dir {folder}: another run writes into it; wait, or take another one") from error
+    try:
         for path in folder.glob(".checkpoint-*.*"):  # of a run that was killed while it wrote
             tidy(path.with_name(path.stem[1:]))
         yield
-    except Timeout as error:
-        if error.lock_file != lock.lock_file:
-            raise
-        raise UsageError(f"--output_dir {folder}: another run writes into it; wait, or take another one") from error
     finally:
         lock.release()
 
@@ -2034,10 +2006,8 @@ def announce(run: Run) -> None:
     logger.info(f"Anchor:   {anchor}{lacks if args.class_prompt_lacks else ''}")
     logger.info(f"Training: {args.max_train_steps} steps of {batch} samples, {trained:,} parameters, seed {args.seed}")
     logger.info(f"Output:   {Path(args.output_dir) / LORA_FILE}")
-    each, small = (
-        args.max_train_steps * batch / images.count,
-        sum(min(size) < args.resolution for size in images.sizes),
-    )
+    small = sum(min(size) < args.resolution for size in images.sizes)
+    each = args.max_train_steps * batch / images.count
     if each < 50:  # half of what 500 steps of batch 1 give each of five pictures
         logger.warning(f"Each picture is seen {each:.3g} times, which teaches little: --max_train_steps")
     if small:
@@ -2070,9 +2040,8 @@ def upload(args: Namespace, repo_id: str) -> None:
         upload_folder(repo_id=repo_id, folder_path=args.output_dir, allow_patterns=files, token=args.hub_token)
     except (OSError, ValueError) as error:
         again = f"hf upload {repo_id} {args.output_dir} . --include {' '.join(map(repr, files))}"
-        raise RunError(
-            f"The upload failed ({str(error).splitlines()[0]}); all is written. To try again: {again}"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise RunError(f"The upload failed ({reason}); all is written. To try again: {again}") from error
 
 
 def run_stages(args: Namespace, accelerator: Accelerator, signals: StopRequests) -> None:
@@ -2114,9 +2083,8 @@ def run_stages(args: Namespace, accelerator: Accelerator, signals: StopRequests)
     announce(run)
     training = start_training(run, checkpoint, state.get("global_step", 0))
     if training.step >= args.max_train_steps:
-        logger.info(
-            f"{checkpoint} already has {training.step} of {args.max_train_steps} steps: nothing is left to train"
-        )
+        steps = f"{training.step} of {args.max_train_steps} steps"
+        logger.info(f"{checkpoint} already has {steps}: nothing is left to train")
     if is_main:
         (output_dir / FINISHED_FILE).unlink(missing_ok=True)
         set_aside(output_dir, record)
