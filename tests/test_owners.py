@@ -85,8 +85,8 @@ def test_masks_reach_the_step_in_the_latents_own_size(script, bases, tmp_path):
 @every_script
 def test_masks_change_what_is_learned_and_random_crops_crop_them_too(script, bases, tmp_path):
     photos, masks = masked_photos(tmp_path)
-    for name, more in {"plain": [], "masked": [f"--mask_dir={masks}"], "all": [f"--mask_dir={masks}",
-                                                                               "--unmasked_weight=1"]}.items():  # fmt: skip
+    of_runs = {"plain": [], "masked": [f"--mask_dir={masks}"], "all": [f"--mask_dir={masks}", "--unmasked_weight=1"]}
+    for name, more in of_runs.items():
         train(script, without(flags(bases[script], photos, tmp_path / name, *more), "--center_crop"))
     plain, masked, everything = (lora(tmp_path / name) for name in ("plain", "masked", "all"))
     assert any(not torch.allclose(plain[key], masked[key], atol=1e-4) for key in plain)
@@ -243,9 +243,7 @@ def test_a_folder_without_photos_to_hold_out_is_named(photos, tmp_path):
 
 
 def test_each_validation_is_one_grid_with_a_row_for_each_prompt(sd15, photos, tmp_path, monkeypatch):
-    calls, sample = [], sap.StableDiffusionPipeline.__call__ if hasattr(sap, "StableDiffusionPipeline") else None
-    kind = sap.PIPELINE_CLASS
-    sample = kind.__call__
+    calls, kind, sample = [], sap.PIPELINE_CLASS, sap.PIPELINE_CLASS.__call__
     monkeypatch.setattr(kind, "__call__", lambda self, **options: calls.append(options) or sample(self, **options))
     (tmp_path / "prompts.txt").write_text("sks dog in the snow\n\na dog\n")
     more = ["--validation_prompt=a photo of sks dog", f"--validation_prompts_file={tmp_path / 'prompts.txt'}",
