@@ -1146,7 +1146,7 @@ def scale_latents(latents: Tensor, vae: AutoencoderKL, inverse: bool = False) ->
     mean, std = 0.0, 1.0
     if vae.config.latents_mean is not None and vae.config.latents_std is not None:
         numbers = (vae.config.latents_mean, vae.config.latents_std)
-        mean, std = (latents.new_tensor(one).view(1, -1, 1, 1) for one in numbers)
+        mean, std = (to_device(torch.tensor(one)[:, None, None], latents.device) for one in numbers)
     scale = vae.config.scaling_factor / std
     return latents / scale + mean if inverse else (latents - mean) * scale
 
