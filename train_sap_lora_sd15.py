@@ -803,7 +803,8 @@ def read_dataset(args: Namespace) -> tuple[Sequence[Image.Image], list[str | Non
         if column is not None and column not in dataset.column_names:
             raise UsageError(f"--{flag} {column} is not one of the columns {', '.join(dataset.column_names)}")
     captions = dataset[args.caption_column] if args.caption_column else [None] * len(dataset)
-    with explained(f"--image_column {args.image_column} or --caption_column {args.caption_column}", TypeError):
+    columns = f"--image_column {args.image_column} or --caption_column {args.caption_column}"
+    with explained(columns, TypeError, NotImplementedError):
         images = dataset.cast_column(args.image_column, datasets.Image())[args.image_column]
         return images, [caption_in(caption) for caption in captions]
 
@@ -824,7 +825,7 @@ class SubjectImages:
         if self.count == 0 or held_out is not None and not self.held_out:
             raise UsageError(f"{held_out if self.count else folder or args.dataset_name} holds no picture")
         self.caption_all(captions + more)
-        self.names = [one.name if isinstance(one, Path) else f"picture {i}" for i, one in enumerate(self.images)]
+        self.names = [f"picture {i}" for i in range(self.count)] if folder is None else [p.name for p in self.images]
         self.names += [path.name for path in self.held_out]
         progress = tqdm(range(len(self)), desc="Reading pictures", leave=False)
         self.sizes = [self.read(i).size[::-1] for i in progress]  # (height, width)
@@ -1421,9 +1422,9 @@ def read_state(path: Path) -> dict:
     """What `write_state` wrote; empty if it is not there or not whole, or the files beside it are not."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         state = json.loads(path.read_text(encoding="utf-8") if path.is_file() else "")
-        files = state["files"].items() if state.get("format") == STATE_FORMAT else ()
-        whole = all(fingerprint(path.with_name(name)) == digest for name, digest in files)
-        return state if whole and type(state["global_step"]) is int else {}
+        files, known = state["files"].items(), state.get("format") == STATE_FORMAT
+        whole = all(fingerprint(path.with_name(name)) == digest for name, digest in files if known)
+        return state if whole and type(state["global_step"]) is int and state["global_step"] > 0 else {}
     return {}
 
 
@@ -1770,7 +1771,7 @@ FLAGS = [
     ("--logging_steps", COUNT, 1, "Fetch the losses from the device every so many steps."),
     ("--logging_dir", TEXT, "logs", "Folder of the logs, inside the output folder."),
     ("--push_to_hub", "Upload the LoRA, its card and its pictures; nothing else."),
-    ("--hub_token", TEXT, None, "Token for that; `hf auth login` is safer."),
+    ("--hub_token", TEXT, None, "Token for that. accelerate launch prints it if the run fails: prefer hf auth login."),
     ("--hub_model_id", TEXT, None, "Repository (default: the output folder's name)."),
 ]  # fmt: skip
 
@@ -1848,6 +1849,8 @@ def mistakes(args: Namespace) -> dict[str, bool]:
     """What can be wrong with a command line, a sentence each, and whether it is."""
     with explained('--aspect_ratio_buckets: write "h,w;h,w", such as "512,512;640,384"'):
         buckets = parse_buckets_string(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else []
+    with explained("--output_dir"):
+        taken = Path(args.output_dir).is_file()
     with explained("--hub_model_id"):
         validate_repo_id((args.hub_model_id or Path(args.output_dir).name) if args.push_to_hub else "none")
     photos = None if args.instance_data_dir is None else Path(args.instance_data_dir)
@@ -1864,7 +1867,7 @@ def mistakes(args: Namespace) -> dict[str, bool]:
     return {
         "pass the subject's pictures once: either --instance_data_dir or --dataset_name":
             (args.instance_data_dir is None) == (args.dataset_name is None),
-        f"--output_dir: {args.output_dir} is a file; name a folder": Path(args.output_dir).is_file(),
+        f"--output_dir: {args.output_dir} is a file; name a folder": taken,
         "--output_dir is in the folder of the photos, and what is made there would be trained on; take another one":
             photos is not None and Path(args.output_dir).resolve().is_relative_to(photos.resolve()),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS, which is set, differs from --gradient_accumulation_steps: unset it":
