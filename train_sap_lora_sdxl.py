@@ -235,7 +235,7 @@ KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 TRAINING_FILE = "training_state.pt"
 STATE_FILE = "trainer_state.json"
 FINISHED_FILE = "finished_run.json"
-SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
+SYSTEM_FILES = (".", "Thumbs.db", "desktop.ini")
 STATE_FORMAT = 2  # of checkpoints; it goes up when older ones can no longer be read
 PAPER = "https://arxiv.org/abs/2511.22245"
 LR_SCHEDULERS = [name.value for name in SchedulerType if name != SchedulerType.PIECEWISE_CONSTANT]
@@ -826,7 +826,7 @@ def read_folder(name: str, field: str | None) -> tuple[list[Path], list[str | No
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix.lower() in readable and not path.name.startswith("."):
             files.append(path)
-        elif path != metadata and path.suffix != ".txt" and path.name not in SYSTEM_FILES and path.name[:2] != "._":
+        elif path != metadata and path.suffix != ".txt" and not path.name.startswith(SYSTEM_FILES):
             skipped.append(path.name)
     if skipped:
         heic = any(name.lower().endswith((".heic", ".heif")) for name in skipped)
