@@ -9,6 +9,7 @@ Writes grid.png (pictures), curves.png (both terms of the loss) and the two LoRA
 """
 
 import argparse
+import json
 import os
 import pathlib
 import shlex
@@ -24,7 +25,6 @@ import torch.nn.functional as F
 import train
 import world
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import CLIPModel, CLIPProcessor
 
 matplotlib.use("Agg")
@@ -72,7 +72,7 @@ def command(args: argparse.Namespace, weight: float, out: pathlib.Path) -> list[
     if args.steps:
         options["max_train_steps"] = args.steps
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    return [f"train_sap_lora_{args.backbone}.py", *flags, "--skip_final_inference"]
+    return [f"train_sap_lora_{args.backbone}.py", *flags, "--skip_final_inference", "--report_to", "none"]
 
 
 def train_loras(args: argparse.Namespace) -> None:
@@ -150,13 +150,10 @@ def references(args: argparse.Namespace) -> list[np.ndarray]:
     return [np.asarray(Image.open(file).convert("RGB")) for file in files]
 
 
-def logged(folder: pathlib.Path, tag: str) -> np.ndarray:
-    """A scalar that the trainer logged to TensorBoard, one value a step."""
-    for file in folder.glob("logs/**/events.out.tfevents*"):
-        events = EventAccumulator(str(file.parent), size_guidance={"scalars": 0}).Reload()
-        if tag in events.Tags()["scalars"]:
-            return np.array([event.value for event in events.Scalars(tag)])
-    raise FileNotFoundError(f"no {tag} in the logs under {folder}")
+def logged(folder: pathlib.Path, name: str) -> np.ndarray:
+    """What the trainer logged under that name, one value a step."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return np.array([values[name] for values in map(json.loads, lines) if name in values])
 
 
 def draw_grid(args: argparse.Namespace, rows: dict[str, list[np.ndarray]]) -> None:
