@@ -3,8 +3,13 @@
 
 import importlib
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,11 +128,107 @@ def test_a_failed_job_is_tried_twice_and_told_and_the_others_go_on(scripts, tmp_
     assert left == ["fish"]
 
 
+FAKE = """
+import os, pathlib, signal, sys, time
+
+def parse_args(arguments):
+    if "--rank=0" in arguments:
+        print("usage: x\\nx: error: --rank must be at least 1", file=sys.stderr)
+        sys.exit(2)
+
+def main():
+    folder = pathlib.Path(next(a for a in sys.argv if a.startswith("--output_dir=")).split("=")[1])
+    if folder.name == "fish":
+        os.kill(os.getppid(), signal.SIGKILL)
+    if "--rank=9" in sys.argv:
+        (folder / "pid").write_text(str(os.getpid()))
+        time.sleep(120)
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"x")
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def driver(root, output, *passed, ray="pass", more=()):
+    """train.py in a process of its own, with a script in `root` that is quick and, for "fish", kills its worker."""
+    (root / "train_sap_lora_sd15.py").write_text(FAKE)
+    flags = train_flags(output, *more, weights=("0",), passed=passed)
+    code = f"import pathlib, sys, train; {ray}; train.ROOT = pathlib.Path({str(root)!r}); "
+    code += f"sys.exit(train.main(train.parse_args({flags!r})))"
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | {"PYTHONPATH": str(FOLDER)}}
+    return subprocess.Popen([sys.executable, "-c", code], text=True, **options)
+
+
+def test_a_killed_worker_costs_its_own_job_alone(tmp_path):
+    process = driver(tmp_path, tmp_path / "out")
+    said, error = process.communicate(timeout=200)
+    assert process.returncode == 1, error
+    assert "1 trained, 1 failed" in said
+    assert "failed: sd15-w0-pretrained-seed0/fish" in error and "Traceback" not in error
+    assert (tmp_path / "out" / "sd15-w0-pretrained-seed0" / "ball" / LORA_FILE).is_file()
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process lives; one that ended and was not waited for does not."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells children of their parent's death on Linux only")
+def test_the_trainer_ends_with_a_killed_driver(tmp_path):
+    process = driver(tmp_path, tmp_path / "out", "--rank=9", more=["--subjects", "ball"])
+    file = tmp_path / "out" / "sd15-w0-pretrained-seed0" / "ball" / "pid"
+    wait_for(lambda: file.is_file() and file.read_text())
+    assert runs(int(file.read_text()))
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    wait_for(lambda: not runs(int(file.read_text())), seconds=30)
+
+
+def test_flags_that_the_script_refuses_start_no_job(tmp_path):
+    process = driver(tmp_path, tmp_path / "out", "--rank=0", ray="train.start_ray = None")
+    _, error = process.communicate(timeout=60)
+    assert "ValueError: -- FLAGS: --rank must be at least 1" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_real_script_reads_its_flags_before_the_jobs(scripts, tmp_path, monkeypatch):
+    monkeypatch.setattr(scripts["train"], "start_ray", lambda args: pytest.fail("a job would have started"))
+    with pytest.raises(ValueError, match="FLAGS: --rank must be at least 1"):
+        scripts["train"].main(train_args(scripts, tmp_path, passed=[*QUICK, "--rank=0"]))
+
+
+def test_a_wrong_ray_address_ends_in_a_sentence(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # something listens there, but is no Ray
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        process = driver(tmp_path, tmp_path / "out", ray="train.RAY_PATIENCE = 3", more=[f"--ray_address={address}"])
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert f"--ray_address {address}: no Ray cluster answers there within 3 s" in error
+
+
 def test_an_attempt_goes_on_from_a_checkpoint(scripts, tmp_path):
     job = scripts["train"].grid(train_args(scripts, tmp_path))[0]
     assert "--resume_from_checkpoint=latest" not in scripts["train"].launcher(job, 0)
     (tmp_path / job.run / job.subject / "checkpoint-1").mkdir(parents=True)
     assert "--resume_from_checkpoint=latest" in scripts["train"].launcher(job, 0)
+
+
+def test_several_gpus_are_several_processes(scripts, tmp_path):
+    job = scripts["train"].grid(train_args(scripts, tmp_path))[0]
+    assert scripts["train"].launcher(job, 1) == [sys.executable, *job.command]
+    launched = scripts["train"].launcher(job, 2)
+    assert {"accelerate.commands.launch", "--quiet", "--num_processes=2"} <= set(launched)
 
 
 def test_pictures_have_the_same_seeds_for_every_method(scripts, loras, tmp_path):

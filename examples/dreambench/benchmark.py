@@ -8,16 +8,27 @@ Prompts hold {0} for the token and {1} for the class. Where there are two lists,
 for cats and dogs, the other for everything else, as in DreamBench.
 """
 
+import argparse
 import ast
+import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from PIL import Image
 
 PROMPTS_FILE = "prompts_and_classes.txt"
 LIVE_CLASSES = {"cat", "dog"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the default of a flag where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        empty = action.default is None or action.default is False or action.default == []
+        return action.help if empty else super()._get_help_string(action)
 
 
 class UnreadableImage(ValueError):
@@ -49,6 +60,14 @@ class Benchmark:
     def subjects(self) -> list[str]:
         """Subjects of the text file that have references here: a part of DreamBench will do."""
         return [subject for subject in self.classes if self.references(subject)]
+
+
+def load_script(file: Path) -> ModuleType:
+    """A script as a module, whatever folder it stands in."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def image_files(folder: Path) -> list[Path]:

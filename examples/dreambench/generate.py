@@ -13,7 +13,6 @@ subject, the base model is shown the class prompt ("a dog in the snow").
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import os
 import sys
@@ -24,7 +23,7 @@ from types import ModuleType
 
 import torch
 from accelerate import PartialState
-from benchmark import Benchmark, read_benchmark
+from benchmark import Benchmark, HelpFormatter, load_script, read_benchmark
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
@@ -50,7 +49,7 @@ class Picture:
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", help="Base pipeline: hub name or local folder.")
     add("--data_dir", type=Path, required=True, help="DreamBench: a folder a subject, and prompts_and_classes.txt.")
@@ -291,10 +290,7 @@ def load_sampling() -> ModuleType:
     """examples/sampling/beyond_finetuning.py, which stands in a folder of its own."""
     if not SAMPLING_FILE.is_file():
         raise ValueError(f"--sampler needs {SAMPLING_FILE}, which is not there")
-    spec = importlib.util.spec_from_file_location(SAMPLING_FILE.stem, SAMPLING_FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SAMPLING_FILE)
 
 
 def sampler_of(args: argparse.Namespace) -> Callable:

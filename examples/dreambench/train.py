@@ -4,31 +4,41 @@
     python train.py --backbone sd15 --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --data_dir dreambench --output_dir loras --weights 0 0.5 --gpus_per_job 1 -- --max_train_steps 500
 
-Each job is `accelerate launch` of a training script, as a user would start it; what stands after `--` goes to the
-script as it is. Jobs run on Ray: on this machine, or on the cluster of `--ray_address`, whose nodes must see the same
-folders. A job that fails is tried once more, from its last checkpoint, and the others go on. Started again, the
-command skips what is finished. Writes OUT/RUN/SUBJECT/, each with the script's output, train.log and job.json.
+Each job is a training script in a process of its own, as a user would start it (several GPUs: `accelerate launch`);
+what stands after `--` goes to the script as it is, and is read by it before any job starts. Jobs run on Ray: on this
+machine, or on the cluster of `--ray_address`, whose nodes must see the same folders. A job that fails is tried once
+more, from its last checkpoint, and the others go on. Started again, the command skips what is finished. Writes
+OUT/RUN/SUBJECT/, each with the script's output, train.log and job.json.
 """
 
 import argparse
+import contextlib
+import ctypes
+import functools
+import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import ray
-from benchmark import Benchmark, read_benchmark
+from benchmark import Benchmark, HelpFormatter, load_script, read_benchmark
+from ray.exceptions import RayError
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ATTEMPTS = 2
+RAY_PATIENCE = 30  # seconds in which a cluster must answer
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 OURS = ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "class_prompt", "anchor_weight",
         "anchor_source", "seed", "output_dir", "resume_from_checkpoint")  # fmt: skip
 
@@ -54,7 +64,8 @@ class Outcome:
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [flags] -- [script's flags]")
+    usage = "%(prog)s [flags] -- [script's flags]"
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=usage, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--backbone", choices=["sd15", "sdxl", "sd3"], required=True, help="Which training script.")
     add("--method", choices=["sap", "prior"], default="sap",
@@ -155,12 +166,42 @@ def write_json(path: Path, content: object) -> None:
     os.replace(partial, path)
 
 
+def check_scripts_flags(jobs: Sequence[Job]) -> None:
+    """Let the training script read each job's command line now, as it will when the job starts.
+
+    Raises:
+        ValueError: with the script's own sentence about a flag that it refuses.
+    """
+    script = load_script(Path(jobs[0].command[0]))
+    for job in jobs:
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                script.parse_args(list(job.command[1:]))
+        except SystemExit as stopped:
+            if not stopped.code:  # --help
+                raise
+            raise ValueError(f"-- FLAGS: {said.getvalue().strip().rpartition('error: ')[2]}") from stopped
+
+
 def launcher(job: Job, gpus: float) -> list[str]:
-    """The command line of an attempt: one process a GPU, going on from a checkpoint where there is one."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", "--mixed_precision=no"]
-    launch += ["--dynamo_backend=no", f"--num_processes={max(1, int(gpus))}"]
+    """The command line of an attempt: a process for each whole GPU, going on from a checkpoint where there is one."""
+    launch = [sys.executable]
+    if gpus > 1:
+        launch += ["-m", "accelerate.commands.launch", "--quiet", f"--num_processes={int(gpus)}", "--num_machines=1"]
+        launch += ["--mixed_precision=no", "--dynamo_backend=no"]
     resume = ["--resume_from_checkpoint=latest"] if any(Path(job.folder).glob("checkpoint-*")) else []
     return [*launch, *job.command, *resume]
+
+
+def ending_with_parent() -> Callable[[], int] | None:
+    """For a new child: have the kernel send it SIGTERM, at which a trainer keeps its work, when its parent is gone.
+
+    Linux only; elsewhere a job outlives a killed driver.
+    """
+    if sys.platform != "linux":
+        return None
+    return functools.partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def run_job(job: Job, cpus: int, gpus: float) -> Outcome:
@@ -171,7 +212,8 @@ def run_job(job: Job, cpus: int, gpus: float) -> Outcome:
     started = time.monotonic()
     for _ in range(ATTEMPTS):
         with (folder / "train.log").open("ab") as log:
-            code = subprocess.call(launcher(job, gpus), stdout=log, stderr=subprocess.STDOUT, env=environment)
+            options = {"stdout": log, "stderr": subprocess.STDOUT, "env": environment}
+            code = subprocess.call(launcher(job, gpus), **options, preexec_fn=ending_with_parent())
         if code == 0:
             break
     outcome = Outcome(job, "finished" if code == 0 else "failed", round(time.monotonic() - started, 1))
@@ -183,12 +225,27 @@ def run_job(job: Job, cpus: int, gpus: float) -> Outcome:
     return Outcome(job, outcome.status, outcome.seconds, "\n".join(re.split(r"[\r\n]+", text)[-15:]))
 
 
+def give_up(address: str) -> None:
+    """End the program: there is no cluster."""
+    sentence = f"--ray_address {address}: no Ray cluster answers there within {RAY_PATIENCE} s; check host and port"
+    print(f"{Path(__file__).name}: error: {sentence}, or leave the flag out", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
 def start_ray(args: argparse.Namespace) -> None:
     """Join the cluster or start Ray here, with nothing listening to the outside and nothing sent home."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_worker_niceness", "0")  # by default its workers give way to everything else
     local = {} if args.ray_address else {"include_dashboard": False}
-    ray.init(address=args.ray_address, log_to_driver=False, logging_level="ERROR", **local)
+    watchdog = threading.Timer(RAY_PATIENCE, give_up, [args.ray_address])  # init would wait for ten minutes, deaf
+    try:
+        if args.ray_address:
+            watchdog.start()
+        ray.init(address=args.ray_address, log_to_driver=False, logging_level="ERROR", **local)
+    except (ConnectionError, ValueError) as error:
+        raise ValueError(f"--ray_address {args.ray_address}: {error}") from error
+    finally:
+        watchdog.cancel()
     have = ray.cluster_resources()
     if have.get("CPU", 0) < args.cpus_per_job or have.get("GPU", 0) < args.gpus_per_job:
         raise ValueError(
@@ -197,15 +254,24 @@ def start_ray(args: argparse.Namespace) -> None:
         )
 
 
+def outcome_of(result: ray.ObjectRef, job: Job) -> Outcome:
+    """How a job that ended went; where its Ray worker was killed or broke, that is a failure of this job alone."""
+    try:
+        return ray.get(result)
+    except RayError as error:
+        return Outcome(job, "failed", 0.0, "\n".join(str(error).splitlines()[-15:]))
+
+
 def run_all(args: argparse.Namespace, jobs: list[Job]) -> list[Outcome]:
-    """Run the jobs on Ray; their outcomes, in the order in which they end."""
-    remote = ray.remote(num_cpus=args.cpus_per_job, num_gpus=args.gpus_per_job, max_retries=0)(run_job)
-    pending = [remote.remote(job, args.cpus_per_job, args.gpus_per_job) for job in jobs]
+    """Run the jobs on Ray; their outcomes, in the order in which they end. Ray starts a job anew whose worker died."""
+    options = {"num_cpus": args.cpus_per_job, "num_gpus": args.gpus_per_job, "max_retries": ATTEMPTS - 1}
+    remote = ray.remote(**options)(run_job)
+    pending = {remote.remote(job, args.cpus_per_job, args.gpus_per_job): job for job in jobs}
     outcomes = []
     with tqdm(total=len(jobs), desc="LoRAs") as bar:
         while pending:
-            (ready,), pending = ray.wait(pending)
-            outcome = ray.get(ready)
+            (ready,), _ = ray.wait(list(pending))
+            outcome = outcome_of(ready, pending.pop(ready))
             outcomes.append(outcome)
             bar.update()
             if outcome.status == "failed":
@@ -220,6 +286,7 @@ def main(args: argparse.Namespace) -> int:
     print(f"{len(jobs)} LoRAs: {len(jobs) - len(todo)} are there, {len(todo)} to train", flush=True)
     outcomes = []
     if todo:
+        check_scripts_flags(todo)
         start_ray(args)
         try:
             outcomes = run_all(args, todo)
