@@ -185,8 +185,10 @@ def runs(pid: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells children of their parent's death on Linux only")
-def test_the_trainer_ends_with_a_killed_driver(tmp_path):
-    process = driver(tmp_path, tmp_path / "out", "--rank=9", more=["--subjects", "ball"])
+@pytest.mark.parametrize("ray", ["pass", "train.main = lambda args: train.run_job(train.grid(args)[0], 1, 0)"])
+def test_the_trainer_ends_with_a_killed_driver_or_worker(tmp_path, ray):
+    """A worker that is killed, which the second one plays without Ray, cannot tidy up as the driver's Ray does."""
+    process = driver(tmp_path, tmp_path / "out", "--rank=9", ray=ray, more=["--subjects", "ball"])
     file = tmp_path / "out" / "sd15-w0-pretrained-seed0" / "ball" / "pid"
     wait_for(lambda: file.is_file() and file.read_text())
     assert runs(int(file.read_text()))
