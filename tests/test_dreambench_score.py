@@ -8,8 +8,10 @@ import json
 import os
 import runpy
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, CLIPModel, CLIPProcessor, ViTConfig, ViTModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +107,10 @@ def test_only_subjects_with_references_are_listed(tmp_path):
         ("", "no table of classes"),
         (TWO_LISTS.split("Prompts")[0], "no prompts"),
         (TWO_LISTS.replace("shelf'", "shelf"), "not a Python list"),
+        (TWO_LISTS.replace("shelf'", "shelf {2}'"), "no other braces"),
+        (TWO_LISTS.replace("shelf'", "shelf {foo}'"), "no other braces"),
+        (TWO_LISTS.replace("shelf'", "shelf {'"), "no other braces"),
+        (TWO_LISTS.replace("mug,mug", "../mug,mug"), "no name for a folder"),
     ],
 )
 def test_a_text_file_that_cannot_be_understood(tmp_path, text, says):
@@ -333,10 +340,25 @@ def no_image(images: Path) -> None:
     (images / "noise" / "fish" / "3" / "0.jpg").write_text("nothing")
 
 
+def bomb(images: Path) -> None:
+    """A picture of a few bytes that would fill the memory."""
+    size = struct.pack(">II", 100_000, 100_000) + bytes([8, 2, 0, 0, 0])
+    header = struct.pack(">I", 13) + b"IHDR" + size + struct.pack(">I", zlib.crc32(b"IHDR" + size))
+    (images / "noise" / "fish" / "3" / "0.jpg").write_bytes(b"\x89PNG\r\n\x1a\n" + header)
+
+
+def manifest(text: str):
+    return lambda images: (images / "noise" / "manifest.json").write_text(text)
+
+
 @pytest.mark.parametrize(
     ("spoil", "more", "says"),
     [
         (empty, [], "no images in"),
+        (bomb, [], "0.jpg is not an image"),
+        (manifest('{"tags": {"w": 0.5'), [], "manifest.json is damaged"),
+        (manifest('{"tags": {"w": NaN}}'), [], "manifest.json is damaged"),
+        (manifest('["tags"]'), [], "manifest.json is damaged"),
         (stranger, [], "no subject of this name"),
         (out_of_range, [], "fish has prompts 0 to 11"),
         (no_index, [], "not a prompt's index"),
@@ -363,6 +385,32 @@ def test_a_subject_without_references(images, tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate.parse_args(command(images, tmp_path / "results", data=tmp_path / "data"))
     assert "no references to compare with" in capsys.readouterr().err
+
+
+def test_an_odd_table_of_an_earlier_run_is_named_before_models_are_loaded(images, tmp_path, monkeypatch):
+    score(images, tmp_path / "results")
+    file = tmp_path / "results" / "images.csv"
+    text = file.read_text()
+    file.write_bytes(b"\xff" + text.encode())
+    monkeypatch.setattr(evaluate, "Clip", None)
+    with pytest.raises(ValueError, match="images.csv is damaged"):
+        score(images, tmp_path / "results")
+    row = read_rows_of(text)[0]
+    file.write_text(text.replace(row["dino"], "nan"))
+    assert row["file"] not in evaluate.known_rows(evaluate.parse_args(command(images, tmp_path / "results")))
+
+
+def read_rows_of(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_a_model_that_gives_no_numbers_is_named(images, tmp_path):
+    shutil.copytree(WORLD / "vit", tmp_path / "vit")
+    weights = tmp_path / "vit" / "model.safetensors"
+    save_file({name: tensor * float("nan") for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(ValueError, match="--dino_model gives no number for copies/ball/0/0.png"):
+        score(images, tmp_path / "results", f"--dino_model={tmp_path / 'vit'}")
+    assert not (tmp_path / "results" / "scores.json").exists()
 
 
 def test_a_damaged_image_ends_the_run_with_its_name(images, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from runner import LORA_FILE, ROOT, assert_equal, lora
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 FOLDER = ROOT / "examples" / "dreambench"
 WORLD = ROOT / "examples" / "tiny_world"
@@ -309,6 +310,8 @@ def test_whole_pipelines(scripts, tmp_path):
         (["--tags", "w"], "KEY=VALUE"),
         (["--prompts", "99"], "--prompts must be from 0 to 11"),
         (["--images=0"], "--images must be at least 1"),
+        (["--method=../../outside"], '--method "../../outside" is no name for a folder'),
+        (["--guidance_scale=nan"], "--guidance_scale must be a number"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(scripts, tmp_path, capsys, flags, says):
@@ -317,6 +320,59 @@ def test_mistakes_are_told_in_one_sentence(scripts, tmp_path, capsys, flags, say
     assert stopped.value.code == 2
     assert says in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def half(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def not_finite(file):
+    save_file({name: tensor * float("nan") for name, tensor in load_file(file).items()}, file)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (half, "is damaged"),
+        (not_finite, "holds numbers that are not finite"),
+        (lambda file: file.unlink(), "has no .safetensors file"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_named_before_anything_is_loaded(
+    scripts, loras, tmp_path, capsys, spoil, says
+):
+    shutil.copytree(loras / "sd15-w0-pretrained-seed0" / "ball", tmp_path / "ball")
+    spoil(tmp_path / "ball" / LORA_FILE)
+    with pytest.raises(SystemExit) as stopped:
+        generate(scripts, tmp_path / "images", "x", f"--loras={tmp_path}/{{subject}}")
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert says in said and str(tmp_path / "ball") in said
+    assert not (tmp_path / "images").exists()
+
+
+def test_another_models_lora_draws_nothing(scripts, tmp_path):
+    (tmp_path / "ball").mkdir()
+    key = "transformer.to_k.lora"
+    save_file(
+        {f"{key}.down.weight": torch.ones(2, 4), f"{key}.up.weight": torch.ones(4, 2)},
+        tmp_path / "ball" / "pytorch_lora_weights.safetensors",
+    )
+    with pytest.raises(ValueError, match="has no layer that fits the base"):
+        generate(scripts, tmp_path / "images", "x", f"--loras={tmp_path}/{{subject}}")
+
+
+def test_cut_pictures_are_made_again_and_a_cut_manifest_is_named(scripts, tmp_path):
+    generate(scripts, tmp_path, "m")
+    files = [tmp_path / "m" / "ball" / name / "0.png" for name in ("0", "3")]
+    before = [file.read_bytes() for file in files]
+    half(files[0])
+    files[1].write_bytes(b"")
+    generate(scripts, tmp_path, "m")
+    assert [file.read_bytes() for file in files] == before
+    half(tmp_path / "m" / "manifest.json")
+    with pytest.raises(ValueError, match="manifest.json is damaged"):
+        generate(scripts, tmp_path, "m")
 
 
 def test_prior_preservation_trains_resumes_and_is_a_method(scripts, tmp_path):

@@ -16,6 +16,7 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -29,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from benchmark import Benchmark, UnreadableImage, check_image, image_files, read_benchmark, read_image
+from benchmark import Benchmark, HelpFormatter, check_image, image_files, read_benchmark, read_image
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
@@ -56,7 +57,7 @@ IMAGE_COLUMNS = ["file", "method", "subject", "prompt_index", "prompt", *METRICS
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--images_dir", type=Path, required=True, help="METHOD/SUBJECT/PROMPT_INDEX/*.png below this")
     add("--data_dir", type=Path, required=True, help="DreamBench: a folder of references a subject")
@@ -84,6 +85,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         args.benchmark = read_benchmark(args.data_dir, args.prompts_file)
         check_models(args)
         args.pictures = find_pictures(args)
+        args.tags = {method: read_tags(args.images_dir / method) for method in {one.method for one in args.pictures}}
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -231,7 +233,10 @@ def score(args: argparse.Namespace, todo: list[Picture], accelerator: Accelerato
     clip = Clip(args.clip_model, accelerator.device)
     dino = Dino(args.dino_model, args.dino_preprocessing, accelerator.device)
     rows = []
-    with ThreadPoolExecutor(args.num_workers) as pool, part_file(args, accelerator).open("w", newline="") as file:
+    with (
+        ThreadPoolExecutor(args.num_workers) as pool,
+        part_file(args, accelerator).open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, IMAGE_COLUMNS)
         writer.writeheader()
         references = {
@@ -265,6 +270,10 @@ def score_batch(clip: Clip, dino: Dino, batch: list[Picture], images: list[Image
         "clip_t": (clip_images * torch.stack([texts[picture.prompt] for picture in batch])).sum(-1),
         "dino": (dino_images * torch.stack([references[picture.subject][1] for picture in batch])).sum(-1),
     }
+    odd = [metric for metric, column in values.items() if not column.isfinite().all()]
+    if odd:
+        flag = "--dino_model" if odd == ["dino"] else "--clip_model"
+        raise ValueError(f"{flag} gives no number for {batch[0].file} or one after it: get the model again")
     columns = {metric: [f"{value:.6f}" for value in column.tolist()] for metric, column in values.items()}
     return [asdict(one) | {metric: columns[metric][i] for metric in METRICS} for i, one in enumerate(batch)]
 
@@ -274,15 +283,31 @@ def part_file(args: argparse.Namespace, accelerator: Accelerator) -> Path:
 
 
 def known_rows(args: argparse.Namespace) -> dict[str, dict[str, str]]:
-    """Rows of images.csv and of the parts that an interrupted run left, by file. Half-written lines are dropped."""
+    """Rows of images.csv and of the parts that an interrupted run left, by file. Half-written lines are dropped.
+
+    Raises:
+        ValueError: for a file that is no table.
+    """
     rows = {}
     for file in (args.output_dir / "images.csv", *sorted(args.output_dir.glob("images.part*.csv"))):
         if file.is_file():
-            with file.open(newline="") as lines:
-                reader = csv.DictReader(lines)
-                whole = [row for row in reader if reader.fieldnames == IMAGE_COLUMNS and len(row["key"] or "") == 16]
-            rows |= {row["file"]: row for row in whole}
+            try:
+                with file.open(newline="", encoding="utf-8") as lines:
+                    reader = csv.DictReader(lines)
+                    rows |= {
+                        row["file"]: row for row in reader if reader.fieldnames == IMAGE_COLUMNS and is_whole(row)
+                    }
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise ValueError(f"{file} is damaged ({error}): remove it, its images are scored again") from error
     return rows
+
+
+def is_whole(row: dict) -> bool:
+    """Whether a line of images.csv was written to its end, and its scores are numbers."""
+    try:
+        return len(row["key"] or "") == 16 and all(math.isfinite(float(row[metric])) for metric in METRICS)
+    except (TypeError, ValueError):
+        return False
 
 
 def gather_parts(args: argparse.Namespace) -> None:
@@ -301,7 +326,7 @@ def remove_parts(args: argparse.Namespace) -> None:
 def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
     """Written beside its name, then renamed: what was there stays until the new one is whole."""
     temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w", newline="") as lines:
+    with temporary.open("w", newline="", encoding="utf-8") as lines:
         writer = csv.DictWriter(lines, columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -324,7 +349,7 @@ def summarise(args: argparse.Namespace, rows: Rows) -> dict:
         low, high = bootstrap(table, args.bootstrap_samples, args.seed)
         columns = zip(METRICS, *(row.round(6).tolist() for row in (table.mean(0), low, high)), strict=True)
         summary = {name: dict(zip(("mean", "low", "high"), numbers, strict=True)) for name, *numbers in columns}
-        methods[method] = {"tags": read_tags(args.images_dir / method), "images": len(own), **summary}
+        methods[method] = {"tags": args.tags[method], "images": len(own), **summary}
         methods[method]["subjects"] = subjects
     models = {name: getattr(args, name) for name in ("clip_model", "dino_model", "dino_preprocessing")}
     intervals = {"bootstrap_samples": args.bootstrap_samples, "seed": args.seed}
@@ -342,9 +367,17 @@ def bootstrap(table: np.ndarray, samples: int, seed: int) -> tuple[np.ndarray, n
 
 
 def read_tags(folder: Path) -> dict:
-    """What the method's manifest.json says about it, if there is one."""
+    """What the method's manifest.json says about it, if there is one. `ValueError` where it cannot be read."""
     manifest = folder / "manifest.json"
-    return json.loads(manifest.read_text()).get("tags", {}) if manifest.is_file() else {}
+    if not manifest.is_file():
+        return {}
+    try:
+        tags = dict(json.loads(manifest.read_text(encoding="utf-8")).get("tags", {}))
+        json.dumps(tags, allow_nan=False)
+    except (ValueError, TypeError, AttributeError) as error:
+        wanted = '{"tags": {"backbone": "sd15"}}'
+        raise ValueError(f"{manifest} is damaged ({error}): mend it, such as {wanted}, or remove it") from error
+    return tags
 
 
 def write_scores(args: argparse.Namespace, scores: dict) -> None:
@@ -358,7 +391,7 @@ def write_scores(args: argparse.Namespace, scores: dict) -> None:
     write_csv(args.output_dir / "scores.csv", ["method", "subjects", "images", *spread], totals)
     write_csv(args.output_dir / "subjects.csv", ["method", "subject", *METRICS], subjects)
     temporary = args.output_dir / ".scores.json.tmp"
-    temporary.write_text(json.dumps(scores, indent=1) + "\n")
+    temporary.write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
     os.replace(temporary, args.output_dir / "scores.json")
 
 
@@ -416,6 +449,6 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except UnreadableImage as error:
-        print(f"error: {error}", file=sys.stderr)
+    except ValueError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
