@@ -32,6 +32,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from benchmark import Benchmark, HelpFormatter, check_image, image_files, read_benchmark, read_image
 from PIL import Image
+from table import FEWEST_SUBJECTS, bootstrap, bounds
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 from transformers.utils.logging import disable_progress_bar
@@ -356,16 +357,6 @@ def summarise(args: argparse.Namespace, rows: Rows) -> dict:
     return {"metrics": models, "intervals": intervals, "methods": methods}
 
 
-def bootstrap(table: np.ndarray, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """2.5 and 97.5 % quantiles of column means of (subjects, metrics), the rows drawn anew with replacement.
-
-    The seed gives the same draws for every method with as many subjects. One subject gives an interval of width 0,
-    which says nothing.
-    """
-    drawn = np.random.default_rng(seed).integers(0, len(table), (samples, len(table)))
-    return tuple(np.quantile(table[drawn].mean(1), (0.025, 0.975), axis=0))
-
-
 def read_tags(folder: Path) -> dict:
     """What the method's manifest.json says about it, if there is one. `ValueError` where it cannot be read."""
     manifest = folder / "manifest.json"
@@ -413,10 +404,12 @@ def notes(pictures: list[Picture], methods: dict) -> Iterator[str]:
 
 def print_scores(scores: dict) -> None:
     width = max(len("method"), *map(len, scores["methods"]))
-    print(f"\n{'method':<{width}}" + "".join(f"{metric:>26}" for metric in METRICS))
+    print(f"\nMeans over n subjects, with 95 % intervals from {FEWEST_SUBJECTS} subjects on")
+    print(f"{'method':<{width}}{'n':>4}" + "".join(f"{metric:>24}" for metric in METRICS))
     for method, entry in scores["methods"].items():
-        cells = [f"{entry[m]['mean']:.4f} [{entry[m]['low']:.4f}, {entry[m]['high']:.4f}]" for m in METRICS]
-        print(f"{method:<{width}}" + "".join(f"{cell:>26}" for cell in cells))
+        subjects = entry["subjects"]
+        cells = [f"{entry[m]['mean']:.4f} {bounds(entry[m]['low'], entry[m]['high'], subjects)}" for m in METRICS]
+        print(f"{method:<{width}}{len(subjects):>4}" + "".join(f"{cell.rstrip():>24}" for cell in cells))
 
 
 def main(args: argparse.Namespace) -> None:
