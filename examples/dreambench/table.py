@@ -249,9 +249,9 @@ def merge_seeds(methods: Sequence[Method]) -> list[Method]:
         values = {metric: np.array([run.means[metric] for run in runs]) for metric in METRICS}
         means = {metric: float(column.mean()) for metric, column in values.items()}
         spreads = {metric: f"± {digits(column.std(ddof=1))}" for metric, column in values.items()}
-        rows.append(
-            Method(f"{name} ({len(runs)} seeds)", means, spreads, group, json.loads(tags), *mean_subjects(runs))
-        )
+        subjects, had = mean_subjects(runs)
+        name = f"{name} ({len(runs)} seeds)"
+        rows.append(Method(name, means, spreads, group, json.loads(tags), subjects, had=had))
     return rows
 
 
