@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """DreamBench's LoRAs and pictures, in small, on the tiny world: Ray's jobs, the manifest, the baselines."""
 
+import argparse
 import importlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from runner import LORA_FILE, ROOT, assert_equal, lora
+from runner import LORA_FILE, ROOT, assert_equal, lora, reset
 from safetensors.torch import load_file, save_file
 
 FOLDER = ROOT / "examples" / "dreambench"
@@ -39,7 +41,7 @@ if folder.name == "fish" and "--mend" not in sys.argv:
 def scripts():
     """The example's modules, which import one another by name."""
     sys.path.insert(0, str(FOLDER))
-    names = ["benchmark", "train", "generate", "prior_preservation", "evaluate", "table", "report"]
+    names = ["benchmark", "train", "generate", "neighbours", "evaluate", "table", "report"]
     for name in names:
         sys.modules.pop(name, None)  # examples/tiny_world has a train.py too
     yield {name: importlib.import_module(name) for name in names}
@@ -375,23 +377,128 @@ def test_cut_pictures_are_made_again_and_a_cut_manifest_is_named(scripts, tmp_pa
         generate(scripts, tmp_path, "m")
 
 
+def neighbour(scripts, method, output, *more, backbone="sd15", script=None):
+    """Train two or three steps on the ball with a neighbour of the loss."""
+    arguments = [f"--pretrained_model_name_or_path={WORLD / backbone}", f"--instance_data_dir={DATA / 'ball'}"]
+    arguments += ["--instance_prompt=a photo of sks ball", "--class_prompt=a photo of a ball", *QUICK, "--seed=0"]
+    arguments += [f"--output_dir={output}", "--num_class_images=2", "--sampling_steps=2", "--learning_rate=1e-2"]
+    module = scripts["neighbours"]
+    reset()
+    module.main(module.parse_args([f"--method={method}", f"--backbone={backbone}", *arguments, *more], script))
+    return lora(output)
+
+
 def test_prior_preservation_trains_resumes_and_is_a_method(scripts, tmp_path):
     def run(output, *more):
-        arguments = [f"--pretrained_model_name_or_path={BASE}", f"--instance_data_dir={DATA / 'ball'}", *more]
-        arguments += ["--instance_prompt=a photo of sks ball", "--class_prompt=a photo of a ball", "--resolution=64"]
-        arguments += [f"--output_dir={output}", "--num_class_images=2", "--sampling_steps=2", "--learning_rate=1e-2"]
-        module = scripts["prior_preservation"]
-        module.main(module.parse_args([*arguments, "--checkpointing_steps=2"]))
+        neighbour(scripts, "prior", output, "--checkpointing_steps=2", *more)
 
     run(tmp_path / "ball", "--max_train_steps=3")
     run(tmp_path / "part", "--max_train_steps=2")
-    first = (tmp_path / "part" / "class_images" / "0.png").stat().st_mtime_ns
+    first = (tmp_path / "part" / "class_images" / "0000.png").stat().st_mtime_ns
     run(tmp_path / "part", "--max_train_steps=3", "--resume_from_checkpoint=latest")
-    assert (tmp_path / "part" / "class_images" / "0.png").stat().st_mtime_ns == first
+    assert (tmp_path / "part" / "class_images" / "0000.png").stat().st_mtime_ns == first
     assert_equal(lora(tmp_path / "ball"), lora(tmp_path / "part"))
     assert any(tensor.abs().max() > 1e-4 for key, tensor in lora(tmp_path / "ball").items() if ".up." in key)
     told = generate(scripts, tmp_path, "prior", "--loras", str(tmp_path / "{subject}"))
     assert len(told["images"]) == 2
+
+
+@pytest.mark.parametrize("method", ["prior", "dop", "l2"])
+def test_a_neighbour_without_strength_is_dreambooth(scripts, tmp_path, method):
+    """And with it, it is something else: the added term acts, and the rest is the script's own."""
+    script = scripts["benchmark"].load_script(ROOT / "train_sap_lora_sd15.py")
+    none = neighbour(scripts, method, tmp_path / "none", "--strength=0", script=script)
+    plain = [f"--pretrained_model_name_or_path={BASE}", f"--instance_data_dir={DATA / 'ball'}", *QUICK]
+    plain += ["--instance_prompt=a photo of sks ball", "--seed=0", "--learning_rate=1e-2", "--anchor_weight=0"]
+    reset()
+    script.main(script.parse_args([*plain, f"--output_dir={tmp_path / 'plain'}"]))
+    assert_equal(none, lora(tmp_path / "plain"))
+    strong = neighbour(scripts, method, tmp_path / "strong", "--strength=5", script=script)
+    assert any((none[key] != strong[key]).any() for key in none)
+
+
+class Linear(torch.nn.Module):
+    """A student whose prediction is its one parameter, plus the conditioning's value."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = torch.nn.Parameter(torch.tensor(value))
+        self.frozen = torch.nn.Parameter(torch.tensor(9.0), requires_grad=False)
+
+    def forward(self, model_input, timesteps, conditioning, prompts):
+        return self.value + conditioning["c"] * torch.ones_like(model_input)
+
+
+def terms(scripts, method, strength, anchor):
+    """The method's loss and its derivative by the student's value of 0.5: target 1, weights 1 and 3, two samples."""
+    script = scripts["benchmark"].load_script(ROOT / "train_sap_lora_sd15.py")
+    args = argparse.Namespace(strength=strength, anchor_weight=1.0)
+    step = script.MicroStep(
+        0, ["a", "b"], torch.zeros(2, 4, 2, 2), torch.zeros(2), torch.ones(2, 4, 2, 2),
+        torch.tensor([1.0, 3.0])[:, None, None, None], {"c": 0.0}, {"c": 0.25},
+    )  # fmt: skip
+    student = Linear(0.5)
+    functions = scripts["neighbours"].METHODS[method](script, args)
+    loss, *_ = functions["loss_terms"](step, torch.full((2, 4, 2, 2), anchor), student, args)
+    loss.backward()
+    return loss.item(), student.value.grad.item()
+
+
+def test_the_neighbours_losses_are_those_of_their_papers(scripts):
+    # L2: mean(weights * .5 ** 2) = .5, and 2 * .5 ** 2; what does not train does not count
+    assert terms(scripts, "l2", 2.0, anchor=0.0) == pytest.approx((1.0, -2.0 + 2.0))
+    # DOP: the student on the class prompt, .75, against the frozen .55: mean(weights * .2 ** 2) = .08
+    assert terms(scripts, "dop", 10.0, anchor=0.55) == pytest.approx((0.5 + 0.8, -2.0 + 8.0))
+    # DCO: the errors of the two samples are .25 and .75, the frozen model's .16 and .48
+    x = [1.5 * (0.25 - 0.16), 1.5 * (0.75 - 0.48)]
+    expected = sum(math.log1p(math.exp(value)) for value in x) / 2
+    slope = sum(1.5 * -weight / (1 + math.exp(-value)) for weight, value in zip((1, 3), x, strict=True)) / 2
+    assert terms(scripts, "dco", 1.5, anchor=0.6) == pytest.approx((expected, slope), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["prior", "dco", "dop", "l2"])
+@pytest.mark.parametrize("backbone", ["sdxl", "sd3"])
+def test_neighbours_of_the_other_backbones(scripts, tmp_path, method, backbone):
+    assert neighbour(scripts, method, tmp_path / "ball", backbone=backbone)
+
+
+def test_the_frozen_model_of_dco_reads_the_subjects_prompt(scripts, tmp_path, monkeypatch):
+    """Before the first step both models are one, so the loss is log 2; another prompt would give another one."""
+    script = scripts["benchmark"].load_script(ROOT / "train_sap_lora_sd15.py")
+    first = []
+    log_step = script.log_step
+    monkeypatch.setattr(
+        script,
+        "log_step",
+        lambda run, bar, values, *rest: first.append(values[0]) or log_step(run, bar, values, *rest),
+    )
+    neighbour(scripts, "dco", tmp_path / "ball", script=script)
+    assert first[0] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_flags_without_meaning_for_neighbours_are_refused(scripts, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        neighbour(scripts, "dop", tmp_path / "x", "--train_text_encoder")
+    assert stopped.value.code == 2 and "have no meaning here" in capsys.readouterr().err
+
+
+def test_neighbours_are_jobs_of_the_grid(scripts, tmp_path):
+    args = train_args(scripts, tmp_path, "--method=dco", "--seeds", "0", "1")
+    jobs = scripts["train"].grid(args)
+    assert [job.run for job in jobs] == ["sd15-dco-seed0"] * 2 + ["sd15-dco-seed1"] * 2
+    scripts["train"].check_scripts_flags(jobs)
+    assert {"--method=dco", "--backbone=sd15", "--class_prompt=a photo of a ball"} <= set(jobs[0].command)
+
+
+@pytest.mark.parametrize("backbone", ["sd15", "sdxl", "sd3"])
+def test_the_preset_is_read_by_the_script_and_later_flags_win(scripts, tmp_path, backbone):
+    flags = ["--preset=nearest", f"--backbone={backbone}"]
+    job, *_ = scripts["train"].grid(train_args(scripts, tmp_path, *flags, passed=["--max_train_steps=7"]))
+    script = scripts["benchmark"].load_script(Path(job.command[0]))
+    read = script.parse_args(list(job.command[1:]))
+    rates = {"sd15": (1e-4, 16, 1), "sdxl": (5e-4, 4, 4), "sd3": (4e-4, 4, 4)}
+    assert (read.learning_rate, read.rank, read.gradient_accumulation_steps) == rates[backbone]
+    assert read.max_train_steps == 7
 
 
 def test_the_whole_way_from_the_loras_to_the_page(scripts, loras, tmp_path):
@@ -420,6 +527,6 @@ def test_the_whole_way_from_the_loras_to_the_page(scripts, loras, tmp_path):
 
 
 def test_the_command_lines_answer():
-    for name in ("train", "generate", "prior_preservation"):
+    for name in ("train", "generate", "neighbours"):
         command = [sys.executable, str(FOLDER / f"{name}.py"), "--help"]
         assert "usage" in subprocess.run(command, check=True, capture_output=True, text=True).stdout

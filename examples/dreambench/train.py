@@ -39,6 +39,16 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 ATTEMPTS = 2
 RAY_PATIENCE = 30  # seconds in which a cluster must answer
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PRESETS = {
+    "nearest": {
+        "sd15": "--learning_rate=1e-4 --rank=16 --lora_alpha=27 --lora_layers=to_q,to_v --max_train_steps=500 "
+        "--adam_weight_decay=0",
+        "sdxl": "--resolution=1024 --train_batch_size=1 --gradient_accumulation_steps=4 --learning_rate=5e-4 --rank=4 "
+        "--max_train_steps=500",
+        "sd3": "--resolution=512 --train_batch_size=1 --gradient_accumulation_steps=4 --learning_rate=4e-4 --rank=4 "
+        "--max_train_steps=500",
+    }
+}
 OURS = ("pretrained_model_name_or_path", "instance_data_dir", "instance_prompt", "class_prompt", "anchor_weight",
         "anchor_source", "seed", "output_dir", "resume_from_checkpoint")  # fmt: skip
 
@@ -68,8 +78,8 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=usage, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--backbone", choices=["sd15", "sdxl", "sd3"], required=True, help="Which training script.")
-    add("--method", choices=["sap", "prior"], default="sap",
-        help="prior: DreamBooth with prior preservation, by prior_preservation.py; one LoRA a seed.")  # fmt: skip
+    add("--method", choices=["sap", "prior", "dco", "dop", "l2"], default="sap",
+        help="sap: the anchor; others: a neighbour of it, by neighbours.py, one LoRA a seed.")  # fmt: skip
     add("--pretrained_model_name_or_path", required=True, help="Base pipeline: hub name or local folder.")
     add("--data_dir", type=Path, required=True, help="DreamBench: a folder a subject, and prompts_and_classes.txt.")
     add("--output_dir", type=Path, required=True, help="Folder of the LoRAs.")
@@ -81,6 +91,9 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     add("--token", default="sks", help="Word for the subject.")
     add("--instance_prompt", default="a photo of {token} {class}", help="Subject prompt.")
     add("--class_prompt", default="a photo of a {class}", help="Anchor prompt.")
+    add("--preset", choices=list(PRESETS),
+        help="nearest: the settings of rlgnswk/Preserve-and-Personalize (arXiv 2505.19519), the nearest public ones; "
+        "NOT the SAP paper's, which does not state its own. Flags after -- win over them.")  # fmt: skip
     add("--ray_address", help="Ray cluster (default: this machine).")
     add("--cpus_per_job", type=int, default=1, help="CPU cores of a job.")
     add("--gpus_per_job", type=float, default=0, help="GPUs of a job; each whole one is a process.")
@@ -109,8 +122,8 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 
 def variants(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """(run name without seed, the script's flags) of each point of the grid; w = 0 has no source, so it comes once."""
-    if args.method == "prior":
-        return [(f"{args.backbone}-prior", [])]
+    if args.method != "sap":
+        return [(f"{args.backbone}-{args.method}", [f"--method={args.method}", f"--backbone={args.backbone}"])]
     points = {(w, source if w > 0 else "pretrained"): None for w in args.weights for source in args.anchor_sources}
     return [
         (f"{args.backbone}-w{w:g}-{source}", [f"--anchor_weight={w:g}", f"--anchor_source={source}"])
@@ -120,7 +133,8 @@ def variants(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
 
 def grid(args: argparse.Namespace) -> list[Job]:
     """All jobs, in the order in which they start."""
-    script = HERE / "prior_preservation.py" if args.method == "prior" else ROOT / f"train_sap_lora_{args.backbone}.py"
+    script = ROOT / f"train_sap_lora_{args.backbone}.py" if args.method == "sap" else HERE / "neighbours.py"
+    preset = PRESETS[args.preset][args.backbone].split() if args.preset else []
     benchmark: Benchmark = args.benchmark
     jobs = []
     for seed in args.seeds:
@@ -137,6 +151,7 @@ def grid(args: argparse.Namespace) -> list[Job]:
                     *flags,
                     f"--seed={seed}",
                     f"--output_dir={folder}",
+                    *preset,
                     *args.script_args,
                 ]
                 jobs.append(Job(f"{name}-seed{seed}", subject, str(folder), tuple(command)))
