@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's questions, and a sceptic's, on the tiny world: train, draw and measure drift; tiny_report.py answers.
+
+    python tiny_experiments.py --backbone sd15 --output_dir outputs/tiny --processes 2
+    python tiny_report.py --output_dir outputs/tiny
+
+Many trainings share a process, so that one costs its steps and not its start. Parts, in this order:
+
+    grid        w of 0, .5 and 1 and prior preservation with all seeds; .25, .75 and the finetuned anchor with fewer
+    frontier    w = 0 at a quarter of the rate, and of an eighth of the rank; every w = 0 is scored at four steps
+    neighbours  DCO, differential output preservation, L2 on the LoRA, one seed each
+    rates       w = .5 and prior preservation at half and twice the rate, on the tuning subjects, one seed
+    budget      both at the best of their three rates (tuning subjects), on the other subjects, all seeds
+
+What is there is not done again, so parts and backbones can be asked for one by one, and a stopped command goes on.
+Writes loras/RUN-seedS/SUBJECT/, images/METHOD/ as evaluate.py reads it, and drift/BACKBONE/SUBJECT/drift.csv.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import evaluate
+import generate
+import neighbours
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from benchmark import HelpFormatter, load_script, read_benchmark
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+WORLD = ROOT / "examples" / "tiny_world"
+DRIFT = ROOT / "examples" / "analysis" / "drift.py"
+PARTS = ("grid", "frontier", "neighbours", "rates", "budget")
+RATE, RANK = 2e-3, 16
+QUARTERS = (0.25, 0.5, 0.75, 1.0)
+SAP, PRIOR = "w0.5-pretrained", "prior"  # the two that are compared at equal budget
+CLASS_IMAGES = ["--num_class_images=24", "--sampling_steps=20", "--guidance_scale=3"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to train: its name without backbone and seed, the script's flags, and who trains so."""
+
+    name: str
+    flags: tuple[str, ...]
+    seeds: int | None = None  # as many of --seeds; None: all
+    subjects: str = "all"  # or "tuning", or "scored": the others
+    scored: tuple[float, ...] = (1.0,)  # shares of the steps at which pictures are drawn
+    method: str = "sap"
+    tags: dict = field(default_factory=dict)
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--backbone", choices=["sd15", "sdxl", "sd3"], required=True, help="which tiny pipeline")
+    add("--output_dir", type=Path, required=True, help="folder of everything")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="some of the parts")
+    add("--subjects", nargs="+", help="some of the tiny world's subjects; all by default")
+    add("--tuning_subjects", nargs="+", default=["star2", "fish2"], help="on which rates are chosen")
+    add(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[0, 1, 2],
+        help="of the trainings; the first ones where there are fewer",
+    )
+    add("--steps", type=int, default=200, help="of every training, a multiple of 4")
+    add("--train_batch_size", type=int, default=2, help="of every training")
+    add("--prompts", nargs="+", type=int, help="numbers of some prompts; all by default")
+    add("--processes", type=int, default=1, help="trainings side by side, a CPU core each")
+    add("--world", type=Path, default=WORLD, help="folder of pipelines, data and metric models")
+    args = parser.parse_args(arguments)
+    if args.steps < 4 or args.steps % 4:
+        parser.error(f"--steps must be a multiple of 4, not {args.steps}")
+    try:
+        args.benchmark = read_benchmark(args.world / "dataset")
+    except ValueError as error:
+        parser.error(f"--world: {error}")
+    args.subjects = args.subjects or args.benchmark.subjects()
+    if unknown := set(args.subjects) - set(args.benchmark.subjects()):
+        parser.error(f"--subjects: no {', '.join(sorted(unknown))} in {args.world / 'dataset'}")
+    return args
+
+
+# --- The plan -----------------------------------------------------------------------------------------------------
+
+
+def anchored(w: float, source: str = "pretrained", rate: float = RATE, rank: int = RANK, **options) -> Run:
+    """A run of the training script itself. Only the grid's points get the tags of the paper's figures."""
+    name = f"w{w:g}-{source}"
+    tags = {"w": w, "anchor": source, "rate": rate, "rank": rank}
+    if (rate, rank) != (RATE, RANK):
+        name += f"-rate{rate:g}" if rate != RATE else f"-rank{rank}"
+        tags["label"] = f"w = {w:g}, " + (f"rate {rate:g}" if rate != RATE else f"rank {rank}")
+    flags = (f"--anchor_weight={w:g}", f"--anchor_source={source}", f"--learning_rate={rate:g}", f"--rank={rank}")
+    return Run(name, flags, tags=tags, **options)
+
+
+def neighbour(method: str, rate: float = RATE, **options) -> Run:
+    name = method if rate == RATE else f"{method}-rate{rate:g}"
+    tags = {"rate": rate, "rank": RANK, "label": name}
+    return Run(name, (f"--learning_rate={rate:g}", f"--rank={RANK}"), method=method, tags=tags, **options)
+
+
+def plan(part: str, args: argparse.Namespace) -> list[Run]:
+    """The runs of a part."""
+    if part == "grid":
+        runs = [anchored(0, scored=QUARTERS), anchored(0.5), anchored(1), neighbour(PRIOR, scored=QUARTERS[2:])]
+        return [*runs, anchored(0.25, seeds=1), anchored(0.75, seeds=1), anchored(0.5, "finetuned", seeds=2)]
+    if part == "frontier":
+        slower = anchored(0, rate=RATE / 4, seeds=1, scored=QUARTERS)
+        return [slower, anchored(0, rank=RANK // 8, seeds=1, scored=QUARTERS)]
+    if part == "neighbours":
+        return [neighbour(method, seeds=1) for method in ("dco", "dop", "l2")]
+    if part == "rates":
+        rates = [{"rate": rate, "seeds": 1, "subjects": "tuning"} for rate in (RATE / 2, RATE * 2)]
+        return [run for rate in rates for run in (anchored(0.5, **rate), neighbour(PRIOR, **rate))]
+    best = {name: best_rate(args, name) for name in (SAP, PRIOR)}  # where it is RATE, the grid has it already
+    runs = [anchored(0.5, rate=best[SAP], subjects="scored")] if best[SAP] != RATE else []
+    options = {"rate": best[PRIOR], "subjects": "scored", "scored": QUARTERS[2:]}
+    return runs + ([neighbour(PRIOR, **options)] if best[PRIOR] != RATE else [])
+
+
+def seeds_of(run: Run, args: argparse.Namespace) -> list[int]:
+    return args.seeds[: run.seeds]
+
+
+def subjects_of(run: Run, args: argparse.Namespace) -> list[str]:
+    tuning = [name for name in args.subjects if name in args.tuning_subjects]
+    others = [name for name in args.subjects if name not in args.tuning_subjects]
+    return {"all": args.subjects, "tuning": tuning, "scored": others}[run.subjects]
+
+
+def method_name(args: argparse.Namespace, name: str, seed: int, step: int) -> str:
+    """The folder of a run's pictures: of its last step without the step."""
+    return f"{args.backbone}-{name}{f'-step{step}' if step != args.steps else ''}-seed{seed}"
+
+
+def best_rate(args: argparse.Namespace, name: str) -> float:
+    """The rate with the greatest CLIP-T + (CLIP-I + DINO) / 2 on the tuning subjects, of the first seed."""
+    tuned = {RATE: name, **{rate: f"{name}-rate{rate:g}" for rate in (RATE / 2, RATE * 2)}}
+    methods = {rate: method_name(args, run, args.seeds[0], args.steps) for rate, run in tuned.items()}
+    scores = score(args, list(methods.values()))
+    totals = {}
+    for rate, method in methods.items():
+        known = [scores[method]["subjects"][s] for s in args.tuning_subjects if s in scores[method]["subjects"]]
+        if not known:
+            raise ValueError("--tuning_subjects: none of them is among --subjects")
+        totals[rate] = sum(one["clip_t"] + (one["clip_i"] + one["dino"]) / 2 for one in known) / len(known)
+    print(f"{name}: " + ", ".join(f"rate {rate:g} {total:.4f}" for rate, total in totals.items()))
+    return max(totals, key=totals.get)
+
+
+def score(args: argparse.Namespace, methods: Sequence[str]) -> dict[str, dict]:
+    """evaluate.py's scores of some methods."""
+    missing = [name for name in methods if not (args.output_dir / "images" / name).is_dir()]
+    if missing:
+        raise ValueError(f"--parts budget needs {missing[0]}: run the parts grid and rates before")
+    folders = [f"--images_dir={args.output_dir / 'images'}", f"--output_dir={args.output_dir / 'rates'}"]
+    models = [f"--clip_model={args.world / 'clip'}", f"--dino_model={args.world / 'vit'}"]
+    forget_accelerate()
+    evaluate.main(
+        evaluate.parse_args([f"--data_dir={args.world / 'dataset'}", *folders, *models, "--methods", *methods])
+    )
+    return json.loads((args.output_dir / "rates" / "scores.json").read_text(encoding="utf-8"))["methods"]
+
+
+# --- The work -----------------------------------------------------------------------------------------------------
+
+
+def forget_accelerate() -> None:
+    """Forget the settings of the last training in this process."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+def start_worker(args: argparse.Namespace) -> None:
+    """In a new process: everything that the scripts print goes to a file, and the script is loaded once."""
+    global SCRIPT
+    log = os.open(args.output_dir / f"worker-{args.backbone}-{os.getpid()}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    SCRIPT = load_script(ROOT / f"train_sap_lora_{args.backbone}.py")
+
+
+def train(args: argparse.Namespace, run: Run, seed: int, subject: str) -> None:
+    """One LoRA, with a checkpoint at each quarter that is scored; its seconds of CPU go to seconds.json."""
+    folder = args.output_dir / "loras" / f"{args.backbone}-{run.name}-seed{seed}" / subject
+    if (folder / "finished_run.json").is_file():
+        return
+    kind = args.benchmark.classes[subject]
+    flags = [
+        f"--pretrained_model_name_or_path={args.world / args.backbone}",
+        f"--instance_data_dir={args.world / 'dataset' / subject}",
+        f"--instance_prompt=a photo of sks {kind}",
+        f"--class_prompt=a photo of a {kind}",
+        f"--output_dir={folder}",
+        f"--seed={seed}",
+        f"--max_train_steps={args.steps}",
+        f"--train_batch_size={args.train_batch_size}",
+        f"--checkpointing_steps={args.steps // 4 if len(run.scored) > 1 else args.steps}",
+        f"--logging_steps={args.steps}",
+        *("--resolution=64", "--center_crop", "--skip_final_inference", "--report_to=none"),
+        *("--resume_from_checkpoint=latest", *run.flags),
+    ]
+    forget_accelerate()
+    started = time.process_time()
+    if run.method == "sap":
+        SCRIPT.main(SCRIPT.parse_args(flags))
+    else:
+        classes = args.output_dir / "class_images" / args.backbone / f"{kind}-seed{seed}"
+        own = [f"--method={run.method}", f"--backbone={args.backbone}", f"--class_data_dir={classes}", *CLASS_IMAGES]
+        neighbours.main(neighbours.parse_args([*own, *flags], SCRIPT))
+    (folder / "seconds.json").write_text(json.dumps(round(time.process_time() - started, 1)))
+
+
+def draw(args: argparse.Namespace, name: str, subjects: Sequence[str], tags: dict, loras: str | None = None) -> None:
+    """The pictures of one method, one a prompt, by generate.py."""
+    flags = [
+        f"--pretrained_model_name_or_path={args.world / args.backbone}",
+        f"--data_dir={args.world / 'dataset'}",
+        f"--images_dir={args.output_dir / 'images'}",
+        f"--method={name}",
+        *("--subjects", *subjects, "--images=1", "--resolution=64", "--batch_size=12"),
+        *("--num_inference_steps=20", "--guidance_scale=3"),
+        *(["--loras", loras] if loras else []),
+        *(["--prompts", *map(str, args.prompts)] if args.prompts else []),
+        *(["--max_sequence_length=77"] if args.backbone == "sd3" else []),
+        *("--tags", *(f"{key}={value}" for key, value in tags.items())),
+    ]
+    forget_accelerate()
+    generate.main(generate.parse_args(flags))
+
+
+def work(args: argparse.Namespace, run: Run, seed: int) -> int:
+    """All LoRAs of a run with one seed, and their pictures; how many LoRAs that are."""
+    subjects = subjects_of(run, args)
+    for subject in subjects:
+        train(args, run, seed, subject)
+    for share in run.scored:
+        step = round(share * args.steps)
+        folder = args.output_dir / "loras" / f"{args.backbone}-{run.name}-seed{seed}" / "{subject}"
+        tags = run.tags | {"backbone": args.backbone, "run": run.name, "seed": seed, "steps": step}
+        if step != args.steps:  # the paper's figures have last steps only
+            folder /= f"checkpoint-{step}"
+            tags["label"] = f"{tags.get('label', run.name)}, {step} steps"
+        draw(args, method_name(args, run.name, seed, step), subjects, tags, str(folder))
+    return len(subjects)
+
+
+def run_part(part: str, args: argparse.Namespace, pool: ProcessPoolExecutor) -> None:
+    """Train and draw; a run whose loss is not finite any more is told, and the others go on."""
+    units = [(run, seed) for run in plan(part, args) if subjects_of(run, args) for seed in seeds_of(run, args)]
+    futures = {pool.submit(work, args, run, seed): f"{run.name}-seed{seed}" for run, seed in units}
+    total = sum(len(subjects_of(run, args)) for run, _ in units)
+    with tqdm(total=total, desc=f"{args.backbone}, {part}", unit="LoRA") as bar:
+        for future in as_completed(futures):
+            try:
+                bar.update(future.result())
+            except FloatingPointError as error:
+                tqdm.write(f"{futures[future]}: {error}")
+
+
+def measure_drift(args: argparse.Namespace, subject: str) -> None:
+    """drift.py over all LoRAs of a subject; what it measured before it keeps."""
+    loras = args.output_dir / "loras"
+    folders = sorted(path for path in loras.glob(f"{args.backbone}-*/{subject}") if (path / "seconds.json").is_file())
+    kind = args.benchmark.classes[subject]
+    output = args.output_dir / "drift" / args.backbone / subject
+    flags = [
+        f"--pretrained_model_name_or_path={args.world / args.backbone}",
+        f"--instance_data_dir={args.world / 'dataset' / subject}",
+        f"--instance_prompt=a photo of sks {kind}",
+        f"--class_prompt=a photo of a {kind}",
+        *("--resolution=64", "--num_noises=1", "--batch_size=25", f"--final_step={args.steps}"),
+        *(f"--run={path.parent.name}={path}" for path in folders),
+        f"--output_dir={output}",
+    ]
+    with (args.output_dir / f"drift-{args.backbone}.log").open("ab") as log:
+        subprocess.run([sys.executable, DRIFT, *flags], check=True, stdout=log, stderr=log)
+
+
+def main(args: argparse.Namespace) -> None:
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    options = {"mp_context": context, "initializer": start_worker, "initargs": (args,)}
+    with ProcessPoolExecutor(args.processes, **options) as pool:
+        pool.submit(draw, args, f"{args.backbone}-base", args.subjects, {"backbone": args.backbone}).result()
+        for part in args.parts:
+            run_part(part, args, pool)
+        measured = [pool.submit(measure_drift, args, subject) for subject in args.subjects]
+        for future in tqdm(
+            as_completed(measured), total=len(measured), desc=f"{args.backbone}, drift", unit="subject"
+        ):
+            future.result()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except ValueError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
