@@ -6,6 +6,7 @@
 #     "bitsandbytes>=0.45; sys_platform != 'darwin'",
 #     "datasets>=4.0",
 #     "diffusers>=0.41",
+#     "filelock",
 #     "huggingface_hub>=1.0",
 #     "peft>=0.18",
 #     "pillow>=10.1",
@@ -25,20 +26,22 @@
         --train_batch_size 1 --learning_rate 1e-4 --mixed_precision bf16 --output_dir sap-dog
 
 The method is "Semantic Anchoring for Robust Personalization in Text-to-Image Diffusion Models" (arXiv 2511.22245):
-beside DreamBooth's regression to the flow, the prediction for the subject's prompt is drawn to what the pretrained
-model predicts, at the same noisy latents, for the class prompt. No class images are needed. The method itself is the
-four functions `adapters_disabled`, `anchor_caption`, `predict_anchors` and `semantic_anchor_loss`.
 
-One way through: command line -> components -> prompt embeddings -> latent posteriors -> micro-steps -> anchors ->
-loss -> LoRA file. What is random in a micro-step depends on (seed, rank, micro-step) alone.
+    ||target - pred(z_t, subject prompt)||^2 + w ||pred(z_t, subject prompt) - pred_pretrained(z_t, class prompt)||^2
+
+Below: the method, micro-steps, training, the subject's pictures, the base in stages, files, pictures made, command
+line, run. All that is random in a micro-step depends on (seed, rank, micro-step) alone: a resumed run is the same run.
 
 T5 weighs more than the rest of the pipeline. It reads every prompt first and is gone before anything trains; where
 even that is too much memory, `--without_t5` never loads it, as for a base pipeline that has none.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import functools
 import hashlib
 import importlib.util
@@ -54,608 +57,71 @@ import secrets
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import types
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import diffusers
 import numpy as np
+import safetensors.torch
 import torch
-from accelerate import Accelerator
+import transformers
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    DistributedType,
-    DynamoBackend,
-    LoggerType,
-    ProjectConfiguration,
-    TorchDynamoPlugin,
-    broadcast_object_list,
-    tqdm,
-)
-from accelerate.utils import load as load_pickle
-from diffusers import (
-    AutoencoderKL,
-    BitsAndBytesConfig,
-    FlowMatchEulerDiscreteScheduler,
-    SchedulerMixin,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from accelerate.utils import LoggerType, ProjectConfiguration, TorchDynamoPlugin, broadcast_object_list, tqdm
+from diffusers import AutoencoderKL, BitsAndBytesConfig
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import (
-    cast_training_params,
-    compute_density_for_timestep_sampling,
-    find_nearest_bucket,
-    free_memory,
-    parse_buckets_string,
-)
-from diffusers.training_utils import compute_loss_weighting_for_sd3 as flow_weights
-from diffusers.utils import (
-    convert_state_dict_to_diffusers,
-    convert_state_dict_to_peft,
-    convert_unet_state_dict_to_peft,
-)
+from diffusers.training_utils import cast_training_params, find_nearest_bucket, free_memory, parse_buckets_string
+from filelock import FileLock, Timeout
 from huggingface_hub import ModelCardData, create_repo, upload_folder
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict, set_peft_model_state_dict
-from PIL import Image, ImageOps
+from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from torch import Tensor, nn
 
 logger = logging.getLogger("sap_lora")
 
-PIPELINE_CLASS = StableDiffusion3Pipeline
-DENOISER_CLASS = SD3Transformer2DModel
-DENOISER = "transformer"
-TRAINABLE_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-BASE_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "transformer", "vae", "scheduler")
-FOREIGN_PARTS = ("unet",)
-BASE_KIND = "this script trains Stable Diffusion 3 and 3.5; 1.x, 2.x and SDXL have scripts of their own"
-UNUSED_PARTS = {"feature_extractor": None, "image_encoder": None}
-# With these endings also `attn2`, the second attention that SD3.5-medium has in some blocks, is adapted.
-DENOISER_TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"]
-TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-COMPILED_BLOCKS = {"JointTransformerBlock"}
-FINAL_SAMPLING = {}
-LATENT_STRIDE = 16  # pixels an edge of a patch of 2 x 2 latents stands for
-BACKBONE_DEFAULTS = {"resolution": 512, "learning_rate": 1e-4, "adam_weight_decay": 1e-4}
-OUTPUT_DIR = "sd3-dreambooth"
-CACHE_LIMIT = 2**28  # bytes of latents and embeddings that rest on the device, not on the CPU
-TRACKER = "dreambooth-sd3-lora"
-CARD_LICENSE = "other"
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-STATE_FILE = "trainer_state.json"
-# Copied from train_sap_lora_sd15.FINISHED_FILE
-FINISHED_FILE = "finished_run.json"
-DORA_KEY = "lora_magnitude_vector"
-PAPER = "https://arxiv.org/abs/2511.22245"
-SECRETS = {"hub_token"}
-# What may change when a run is resumed: places, output, speed; what the pictures' fingerprint stands for; and the
-# number of steps, which `check_same_run` looks at.
-# Copied from train_sap_lora_sd15.FREE_ON_RESUME
-FREE_ON_RESUME = set(
+# ---- The method: these functions can be lifted into any other diffusers + peft training script ----
+
+
+def semantic_anchor_loss(
+    prediction: Tensor, target: Tensor, anchor: Tensor | None = None, anchor_weight=0.5, sample_weights=1.0, mask=1.0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Eq. 5 of arXiv 2511.22245: ||target - prediction||^2 + w ||prediction - anchor||^2, as means over elements.
+
+    Prediction and anchor (B, C, h, w) come from the same noisy latents and timesteps, and through the same output
+    map; `sample_weights` (broadcastable to them) multiplies both terms. Then Eq. 5 means the same for every
+    parameterisation. Without an anchor it is DreamBooth's loss. `mask` (broadcastable) weighs the reconstruction
+    alone: where it is low the photo teaches little and the anchor holds.
+
+    Returns the loss, its reconstruction term and its anchor term (not yet multiplied by w; None without an anchor).
     """
-    instance_data_dir dataset_name dataset_config_name image_column caption_column cache_dir dataloader_num_workers
-    with_prior_preservation class_data_dir num_class_images prior_loss_weight prior_generation_precision
-    sample_batch_size pre_compute_text_embeddings max_train_steps num_train_epochs steps_per_epoch local_rank
-    anchor_batch_size gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention
-    output_dir output_kohya_format validation_prompt num_validation_images validation_epochs validation_steps
-    final_validation_prompt skip_final_inference checkpointing_steps checkpoints_total_limit resume_from_checkpoint
-    report_to logging_dir logging_steps push_to_hub hub_model_id compile offload
-    """.split()
-)
-# Copied from train_sap_lora_sd15.MAY_BE_EMPTY
-MAY_BE_EMPTY = {"class_token", "validation_prompt", "final_validation_prompt"}
-# Copied from train_sap_lora_sd15.LR_SCHEDULERS
-LR_SCHEDULERS = [name.value for name in SchedulerType if name != SchedulerType.PIECEWISE_CONSTANT]
+    reconstruction = (mask * sample_weights * (target.float() - prediction.float()) ** 2).mean()
+    if anchor is None:
+        return reconstruction, reconstruction, None
+    anchor_distance = (sample_weights * (prediction.float() - anchor.float()) ** 2).mean()
+    return reconstruction + anchor_weight * anchor_distance, reconstruction, anchor_distance
 
 
-# Copied from train_sap_lora_sd15.UsageError
-class UsageError(ValueError):
-    """Something that the user can mend: the message names the flag or the file, what is wrong and what to do."""
-
-
-# Copied from train_sap_lora_sd15.OutputError
-class OutputError(Exception):
-    """The output folder could not be written during the run: the message says why and what is still there."""
-
-
-# ---- Requests to stop ----
-
-
-# Copied from train_sap_lora_sd15.StopSignals
-class StopSignals:
-    """SIGTERM and SIGINT (Ctrl-C, a scheduler, a spot machine's notice) as a request to stop.
-
-    Inside the `with` block a signal ends the program at once, until `deferring` is set: from then on the first one is
-    only kept in `received`, for `train` to see, and another one does what it would have done outside. Signals of the
-    same second count as one, as a launcher passes on what its processes may have got already.
-    """
-
-    def __init__(self):
-        self.deferring, self.received, self.arrival = False, 0, 0.0
-        self.previous = {}
-
-    def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-            self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-    def handle(self, number: int, frame) -> None:
-        if not self.deferring:
-            logger.warning(
-                f"{signal.Signals(number).name}: stopped, not in training; nothing was under way to be kept"
-            )
-            sys.exit(128 + number)
-        if not self.received:
-            self.received, self.arrival = number, time.monotonic()
-        elif time.monotonic() - self.arrival > 1:
-            self.__exit__()
-            signal.raise_signal(number)
-
-
-# ---- Command line ----
-
-
-# Copied from train_sap_lora_sd15.HelpFormatter
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of a flag where it has one, and what kind of value it takes."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-    def _get_default_metavar_for_optional(self, action):
-        return {int: "N", float: "X", boolean: "BOOL"}.get(action.type, "TEXT")
-
-
-# Copied from train_sap_lora_sd15.boolean
-def boolean(text: str) -> bool:
-    """Read true or false from a flag's value; `bool("False")` is True, which nobody means."""
-    if text.lower() in ("true", "yes", "1"):
-        return True
-    if text.lower() in ("false", "no", "0"):
-        return False
-    raise ValueError(text)
-
-
-boolean.__name__ = "bool"  # argparse puts it into its message: invalid bool value
-
-
-# Copied from train_sap_lora_sd15.add_first_arguments
-def add_first_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("start here").add_argument
-    add("--pretrained_model_name_or_path", required=True, type=str, help="Base pipeline: hub name or local folder.")
-    add("--instance_data_dir", type=str, help="Folder of pictures, captions in metadata.jsonl or NAME.txt.")
-    add("--instance_prompt", required=True, type=str, help='Subject prompt, such as "a photo of sks dog".')
-    add("--class_prompt", type=str, help='Anchor prompt: the same sentence for the class, "a photo of a dog".')
-    add("--anchor_weight", type=float, default=0.5, help="w of the objective; 0 is plain DreamBooth-LoRA.")
-    add("--resolution", type=int, help="Edge in pixels of the square that pictures are resized and cropped to.")
-    add("--train_batch_size", type=int, default=4, help="Samples a device in one micro-step.")
-    add("--max_train_steps", type=int, help="Optimizer steps in all (default: as --num_train_epochs says).")
-    add("--learning_rate", type=float, help="Learning rate after warm-up.")
-    add("--mixed_precision", type=str, choices=["no", "fp16", "bf16"], help="Default: as accelerate is configured.")
-    add("--validation_prompt", type=str, help="Prompt of pictures made during training and at its end.")
-    add("--output_dir", type=str, default=OUTPUT_DIR, help="Folder of the LoRA, the checkpoints and the logs.")
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("model").add_argument
-    add("--revision", type=str, help="Branch, tag or commit of the base pipeline on the hub.")
-    add("--variant", type=str, help="File variant of the base weights, such as fp16.")
-    add("--max_sequence_length", type=int, default=77, help="Tokens T5 reads of a prompt, at most 512.")
-    add("--without_t5", action="store_true", help="Leave T5 out, to save memory; CLIP alone reads the prompts.")
-    add("--upcast_before_saving", action="store_true", help="Accepted: what is saved is always float32.")
-    add("--lora_blocks", type=str, help='Numbers of the transformer blocks to adapt, "0,2" (default: all).')
-    add = parser.add_argument_group("flow matching").add_argument
-    add("--weighting_scheme", type=str, default="logit_normal", help="Density of timesteps, or weight of both terms.",
-        choices=["sigma_sqrt", "logit_normal", "mode", "cosmap"])  # fmt: skip
-    add("--logit_mean", type=float, default=0.0, help="Mean of the logit for logit_normal; above 0 means less noise.")
-    add("--logit_std", type=float, default=1.0, help="Its standard deviation.")
-    add("--mode_scale", type=float, default=1.29, help="How far the mode scheme is from uniform time.")
-    add("--precondition_outputs", type=int, default=1, help="1: both terms compare latents, 0: velocities.")
-
-
-# Copied from train_sap_lora_sd15.add_subject_arguments
-def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("subject: pictures and captions").add_argument
-    add("--dataset_name", type=str, help="A `datasets` dataset of the pictures instead of a folder: hub name or path.")
-    add("--dataset_config_name", type=str, help="Configuration of that dataset.")
-    add("--image_column", type=str, default="image", help="Column that holds the pictures.")
-    add("--caption_column", type=str, help="Column, or metadata.jsonl field, that holds a caption for each picture.")
-    add("--cache_dir", type=str, help="Where `datasets` keeps what it downloads.")
-    add("--repeats", type=int, default=1, help="How often each picture counts in one epoch.")
-    add("--center_crop", action="store_true", help="Crop the middle instead of a random place.")
-    add("--random_flip", action="store_true", help="Mirror each picture with probability 1/2.")
-    add("--aspect_ratio_buckets", type=str, help='Sizes "h,w;h,w;..." instead of a square; the nearest one is taken.')
-    add("--cache_latents", action="store_true", help="Encode each picture once (a random crop then stays the same).")
-    add("--caption_dropout", type=float, default=0.0, help="Share of samples trained with an empty prompt.")
-    add("--image_interpolation_mode", type=str, default="lanczos", help="How pictures are resized.",
-        choices=["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"])  # fmt: skip
-
-
-# Copied from train_sap_lora_sd15.add_anchor_arguments
-def add_anchor_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("semantic anchor").add_argument
-    add("--subject_token", type=str, help="Word of the subject: anchor captions are the captions without it.")
-    add("--class_token", type=str, help="Word that replaces --subject_token in anchor captions (default: nothing).")
-    add("--anchor_source", default="pretrained", choices=["pretrained", "finetuned"],
-        help="Model that gives the anchor; finetuned (the model in training, no gradient) is the paper's ablation. "
-        "Both read the class prompt through the text encoders as they were before training.")  # fmt: skip
-    add("--anchor_batch_size", type=int, default=4, help="Samples of coming micro-steps in one anchor forward.")
-    add = parser.add_argument_group("prior preservation", "Accepted for old command lines, unused.").add_argument
-    add("--with_prior_preservation", action="store_true", help="Unused.")
-    add("--class_data_dir", type=str, help="Unused: no class pictures are read.")
-    add("--num_class_images", type=int, default=100, help="Unused: no class pictures are made.")
-    add("--prior_loss_weight", type=float, default=1.0, help="Unused: see --anchor_weight.")
-    add("--prior_generation_precision", type=str, choices=["no", "fp32", "fp16", "bf16"], help="Unused.")
-    add("--sample_batch_size", type=int, default=4, help="Unused.")
-
-
-# Copied from train_sap_lora_sd15.add_lora_arguments
-def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("LoRA").add_argument
-    add("--rank", type=int, default=4, help="Rank of the update matrices.")
-    add("--lora_alpha", type=float, help="The update is scaled by alpha / rank (default: the rank, a scale of 1).")
-    add("--lora_dropout", type=float, default=0.0, help="Dropout before the update matrices.")
-    add("--lora_layers", type=str, help='Endings of the layers to adapt, "to_k,to_v" (default: attention).')
-    add("--use_dora", action="store_true", help="Train DoRA: magnitude and direction apart (arXiv 2402.09353).")
-    add("--train_text_encoder", action="store_true", help="Train a LoRA on the text encoder too.")
-
-
-# Copied from train_sap_lora_sd15.add_training_arguments
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("training").add_argument
-    add("--num_train_epochs", type=int, default=1, help="Epochs, where --max_train_steps is not given.")
-    add("--gradient_accumulation_steps", type=int, default=1, help="Micro-steps in one optimizer step.")
-    add("--seed", type=int, help="Makes the run reproducible (default: drawn and told).")
-    add("--gradient_checkpointing", action="store_true", help="Save memory in the denoiser for time.")
-    add("--snr_gamma", type=float, help="Min-SNR weighting of both loss terms, 5.0 in its paper (arXiv 2303.09556).")
-    add("--allow_tf32", action="store_true", help="Let Ampere and newer GPUs multiply in TF32.")
-    add("--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers' attention.")
-    add("--offload", action="store_true", help="Text encoders that do not train read prompts on the CPU; the VAE and "
-        "all latents and embeddings rest there.")  # fmt: skip
-    add("--bnb_quantization_config_path", type=str,
-        help="JSON file of diffusers' BitsAndBytesConfig: the frozen denoiser in 4 or 8 bits, on a GPU.")  # fmt: skip
-    add("--compile", action="store_true", help="Compile the denoiser's blocks: minutes at first, then faster steps.")
-    add("--dataloader_num_workers", type=int, default=0, help="Processes that prepare random crops.")
-    add("--local_rank", type=int, default=-1, help="Set by launchers.")
-
-
-# Copied from train_sap_lora_sd15.add_optimizer_arguments
-def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("optimizer").add_argument
-    add("--text_encoder_lr", type=float, default=5e-6, help="Learning rate of the text encoder's LoRA.")
-    add("--scale_lr", action="store_true", help="Multiply the rate by accumulation, batch size and processes.")
-    add("--lr_scheduler", type=str, default="constant", help=f"One of {', '.join(LR_SCHEDULERS)}.")
-    add("--lr_warmup_steps", type=int, default=500, help="Optimizer steps of warm-up, for schedules that have one.")
-    add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
-    add("--lr_power", type=float, default=1.0, help="Power of the polynomial schedule.")
-    add("--optimizer", type=str, default="AdamW", help="AdamW or prodigy.")
-    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state, from bitsandbytes.")
-    add("--adam_beta1", type=float, default=0.9, help="First beta, of AdamW and Prodigy.")
-    add("--adam_beta2", type=float, default=0.999, help="Second beta, of AdamW and Prodigy.")
-    add("--adam_weight_decay", type=float, help="Weight decay of the denoiser's LoRA.")
-    add("--adam_weight_decay_text_encoder", type=float, default=1e-3, help="And of the text encoder's.")
-    add("--adam_epsilon", type=float, default=1e-8, help="Epsilon, of AdamW and Prodigy.")
-    add("--prodigy_beta3", type=float, help="Prodigy's third beta (default: the root of the second).")
-    add("--prodigy_decouple", type=boolean, default=True, help="Decoupled weight decay in Prodigy.")
-    add("--prodigy_use_bias_correction", type=boolean, default=True, help="Bias correction in Prodigy.")
-    add("--prodigy_safeguard_warmup", type=boolean, default=True, help="Keep Prodigy's estimate small in warm-up.")
-    add("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm.")
-
-
-# Copied from train_sap_lora_sd15.add_output_arguments
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("output: validation, checkpoints, logs, hub").add_argument
-    add("--output_kohya_format", action="store_true", help="Also write the LoRA with the keys of kohya's tools.")
-    add("--num_validation_images", type=int, default=4, help="How many of them.")
-    add("--validation_epochs", type=int, default=50, help="Every how many epochs.")
-    add("--validation_steps", type=int, help="Every how many optimizer steps, instead of epochs.")
-    add("--final_validation_prompt", type=str, help="Another prompt for the pictures at the end.")
-    add("--skip_final_inference", action="store_true", help="Make no pictures at the end.")
-    add("--checkpointing_steps", type=int, default=500, help="Optimizer steps between checkpoints.")
-    add("--checkpoints_total_limit", type=int, help="How many checkpoints stay on disk.")
-    add("--resume_from_checkpoint", type=str, help='A checkpoint\'s folder or name, or "latest".')
-    add("--report_to", type=str, default="tensorboard", help="tensorboard, wandb, comet_ml, all or none.")
-    add("--logging_steps", type=int, default=1, help="Fetch the losses from the device every so many steps.")
-    add("--logging_dir", type=str, default="logs", help="Folder of the logs, inside the output folder.")
-    add("--push_to_hub", action="store_true", help="Upload the LoRA, its card and its pictures; nothing else.")
-    add("--hub_token", type=str, help="Token for that; `hf auth login` is safer.")
-    add("--hub_model_id", type=str, help="Repository (default: the output folder's name).")
-
-
-# Copied from train_sap_lora_sd15.hide_secrets
-def hide_secrets(args: argparse.Namespace) -> None:
-    """Take secrets out of `sys.argv`, which wandb copies into its files."""
-    for secret in filter(None, (getattr(args, name) for name in SECRETS)):
-        sys.argv[1:] = [word.replace(secret, "***") for word in sys.argv[1:]]
-
-
-# Copied from train_sap_lora_sd15.parse_args
-def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read and check the command line (`sys.argv` without `input_args`); a mistake ends in one sentence, status 2."""
-    usage = "accelerate launch %(prog)s --pretrained_model_name_or_path BASE --instance_data_dir FOLDER "
-    usage += '--instance_prompt "a photo of sks dog" --class_prompt "a photo of a dog" [more flags]'
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
-    add_first_arguments(parser)
-    add_model_arguments(parser)
-    add_subject_arguments(parser)
-    add_anchor_arguments(parser)
-    add_lora_arguments(parser)
-    add_training_arguments(parser)
-    add_optimizer_arguments(parser)
-    add_output_arguments(parser)
-    parser.set_defaults(**BACKBONE_DEFAULTS)
-    args = parser.parse_args(input_args)
-    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
-    hide_secrets(args)
-    try:
-        check_numbers(args)
-        check_texts(args)
-        check_data_arguments(args)
-        check_anchor_arguments(args)
-        check_backbone_arguments(args)
-        check_training_arguments(args)
-        check_hub_arguments(args)
-    except UsageError as error:
-        parser.error(str(error))
-    return args
-
-
-# Copied from train_sap_lora_sd15.NUMBER_RANGES
-NUMBER_RANGES = {
-    ("at least 1", lambda x: x >= 1): "train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps "
-    "rank repeats anchor_batch_size checkpointing_steps checkpoints_total_limit validation_epochs validation_steps "
-    "resolution logging_steps lr_num_cycles",
-    ("finite and at least 0", lambda x: 0 <= x < math.inf): "anchor_weight learning_rate text_encoder_lr seed "
-    "lr_warmup_steps dataloader_num_workers num_validation_images adam_weight_decay adam_weight_decay_text_encoder "
-    "lr_power",
-    ("finite and above 0", lambda x: 0 < x < math.inf): "lora_alpha snr_gamma adam_epsilon max_grad_norm",
-    ("at least 0 and below 1", lambda x: 0 <= x < 1): "caption_dropout lora_dropout adam_beta1 adam_beta2 "
-    "prodigy_beta3",
-    ("below 2**63", lambda x: x < 2**63): "seed",  # what torch's generators take
-}
-
-
-# Copied from train_sap_lora_sd15.check_numbers
-def check_numbers(args: argparse.Namespace) -> None:
-    """Raise `UsageError` for a number out of its range."""
-    for (kind, fits), names in NUMBER_RANGES.items():
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not fits(value):
-                raise UsageError(f"--{name} must be {kind}, not {value}")
-
-
-# Copied from train_sap_lora_sd15.check_texts
-def check_texts(args: argparse.Namespace) -> None:
-    """Raise `UsageError` for an empty value, which is mostly a shell variable that was not set."""
-    for name, value in vars(args).items():
-        if value == "" and name not in MAY_BE_EMPTY:
-            raise UsageError(f"--{name} is empty: give it a value, or leave the flag out")
-
-
-# Copied from train_sap_lora_sd15.check_data_arguments
-def check_data_arguments(args: argparse.Namespace) -> None:
-    """Raise `UsageError` where pictures, sizes or the output folder cannot be used."""
-    if (args.instance_data_dir is None) == (args.dataset_name is None):
-        raise UsageError("pass the subject's pictures once: either --instance_data_dir or --dataset_name")
-    if args.instance_data_dir is not None and not Path(args.instance_data_dir).is_dir():
-        raise UsageError(f"--instance_data_dir: there is no folder {args.instance_data_dir}")
-    if args.resolution % LATENT_STRIDE:
-        raise UsageError(f"--resolution must be a multiple of {LATENT_STRIDE}, not {args.resolution}")
-    if args.aspect_ratio_buckets is not None:
-        try:
-            sizes = parse_buckets_string(args.aspect_ratio_buckets)
-        except ValueError as error:
-            raise UsageError(f'--aspect_ratio_buckets: {error}; write "h,w;h,w", such as "512,512;640,384"') from error
-        if any(edge % LATENT_STRIDE for size in sizes for edge in size):
-            raise UsageError(f"--aspect_ratio_buckets: every edge must be a multiple of {LATENT_STRIDE}")
-    if Path(args.output_dir).is_file():
-        raise UsageError(f"--output_dir: {args.output_dir} is a file; name a folder")
-
-
-# Copied from train_sap_lora_sd15.check_anchor_arguments
-def check_anchor_arguments(args: argparse.Namespace) -> None:
-    """Raise `UsageError` where an anchor prompt is needed and cannot be had; derive `args.class_prompt` if it can."""
-    if args.class_token is not None and args.subject_token is None:
-        raise UsageError("--class_token replaces --subject_token, which is not given: pass both")
-    if args.anchor_weight == 0:
-        return
-    if args.class_prompt is None and args.subject_token is not None:
-        try:
-            args.class_prompt = anchor_caption(args.instance_prompt, args.subject_token, args.class_token or "")
-        except ValueError as error:
-            # With a caption for every picture the instance prompt is not used, so this may yet be right.
-            if args.caption_column is None:
-                raise UsageError(f"--subject_token and --instance_prompt: {error}; pass --class_prompt") from error
-    elif args.class_prompt is None:
-        raise UsageError(
-            'the anchor needs a prompt for the class: --class_prompt, "a photo of a dog" for "a photo of sks dog", '
-            "or --subject_token to derive it, or --anchor_weight 0 to train without it"
-        )
-
-
-# Copied from train_sap_lora_sd15.check_training_arguments
-def check_training_arguments(args: argparse.Namespace) -> None:
-    """Raise `UsageError` for options that do not go together or lack a package."""
-    if args.optimizer.lower() not in ("adamw", "prodigy"):
-        raise UsageError(f"--optimizer must be AdamW or prodigy, not {args.optimizer}")
-    if args.lr_scheduler not in LR_SCHEDULERS:
-        raise UsageError(f"--lr_scheduler must be one of {', '.join(LR_SCHEDULERS)}, not {args.lr_scheduler}")
-    trackers, found = ({str(name) for name in names} - {"all"} for names in (LoggerType, get_available_trackers()))
-    if args.report_to not in trackers | {"all", "none"}:
-        raise UsageError(f"--report_to must be one of {', '.join(sorted(trackers))}, all, none, not {args.report_to}")
-    packages = {
-        "--optimizer prodigy": ("prodigyopt", args.optimizer.lower() == "prodigy"),
-        "--use_8bit_adam": ("bitsandbytes", args.use_8bit_adam),
-        "--bnb_quantization_config_path": ("bitsandbytes", args.bnb_quantization_config_path is not None),
-        "--enable_xformers_memory_efficient_attention": ("xformers", args.enable_xformers_memory_efficient_attention),
-        f"--report_to {args.report_to}": (args.report_to, args.report_to in trackers - found),
-        "--dataset_name": ("datasets", args.dataset_name is not None),
-    }
-    for flag, (package, wanted) in packages.items():
-        if wanted and importlib.util.find_spec(package) is None:
-            raise UsageError(f"{flag} needs the package {package}, which is not installed: pip install {package}")
-    quantization_config(args)
-    if args.report_to == "wandb" and args.hub_token is not None:
-        raise UsageError("--report_to wandb together with --hub_token would show the token: use `hf auth login`")
-    if args.lora_layers is not None and not all(name.strip() for name in args.lora_layers.split(",")):
-        raise UsageError(f'--lora_layers: write names with commas between them, "to_k,to_v", not "{args.lora_layers}"')
-
-
-# Copied from train_sap_lora_sd15.quantization_config
-def quantization_config(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> BitsAndBytesConfig | None:
-    """What `--bnb_quantization_config_path` says; 4-bit weights compute in `dtype` unless the file says otherwise.
-
-    Raises:
-        UsageError: if the file is not a JSON object of BitsAndBytesConfig's arguments, or there is no GPU.
-    """
-    if args.bnb_quantization_config_path is None:
-        return None
-    flag, wanted = f"--bnb_quantization_config_path {args.bnb_quantization_config_path}", '{"load_in_4bit": true}'
-    try:
-        options = json.loads(read_text(Path(args.bnb_quantization_config_path)))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{flag} cannot be read as JSON, such as {wanted}: {error}") from error
-    known = [*inspect.signature(BitsAndBytesConfig).parameters][:-1]  # the last one takes everything else
-    unknown = sorted(set(options) - set(known)) if isinstance(options, dict) else [type(options).__name__]
-    if unknown:
-        raise UsageError(f"{flag}: {', '.join(unknown)} is none of BitsAndBytesConfig's {', '.join(known)}")
-    if not options.get("load_in_4bit") and not options.get("load_in_8bit"):
-        raise UsageError(f"{flag} must ask for load_in_4bit or load_in_8bit, such as {wanted}")
-    try:
-        config = BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": dtype} | options)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"{flag}: {error}") from error
-    if not torch.accelerator.is_available():
-        raise UsageError(f"{flag}: diffusers quantises on a GPU only, and there is none: leave the flag out")
-    return config
-
-
-# Copied from train_sap_lora_sd15.check_hub_arguments
-def check_hub_arguments(args: argparse.Namespace) -> None:
-    """Raise `UsageError` where the LoRA is to be uploaded to what cannot be a repository's name."""
-    if args.push_to_hub:
-        try:
-            validate_repo_id(args.hub_model_id or Path(args.output_dir).name)
-        except HFValidationError as error:
-            raise UsageError(f"--hub_model_id: {error}") from error
-
-
-def check_backbone_arguments(args: argparse.Namespace) -> None:
-    """Raise `UsageError` for what Stable Diffusion 3 cannot do."""
-    unsupported = {
-        "snr_gamma": "is for noise prediction: --weighting_scheme weighs the flow's timesteps",
-        "output_kohya_format": "has no meaning here: the tools that read such files read the diffusers keys of SD3",
-        "enable_xformers_memory_efficient_attention": "is not needed: PyTorch's own attention is used",
-    }
-    for name, reason in unsupported.items():
-        if getattr(args, name):
-            raise UsageError(f"--{name} {reason}; leave it out")
-    if not 1 <= args.max_sequence_length <= 512:
-        raise UsageError(f"--max_sequence_length must be from 1 to 512, not {args.max_sequence_length}")
-    ranges = {"logit_mean": (-100, 100), "logit_std": (0, 100), "mode_scale": (-100, 100)}
-    ranges |= {"precondition_outputs": (0, 1)}
-    for name, (low, high) in ranges.items():
-        if not low <= getattr(args, name) <= high:
-            raise UsageError(f"--{name} must be from {low} to {high}, not {getattr(args, name)}")
-    if args.lora_blocks is not None and not all(part.strip().isdecimal() for part in args.lora_blocks.split(",")):
-        raise UsageError(f'--lora_blocks: write numbers with commas between them, "0,2", not "{args.lora_blocks}"')
-
-
-# Copied from train_sap_lora_sd15.warn_about_arguments
-def warn_about_arguments(args: argparse.Namespace) -> None:
-    """Say once what was accepted and is not used."""
-    unused = {"with_prior_preservation": False, "class_data_dir": None, "num_class_images": 100,
-              "prior_loss_weight": 1.0, "prior_generation_precision": None, "sample_batch_size": 4}  # fmt: skip
-    given = [f"--{name}" for name, default in unused.items() if getattr(args, name) != default]
-    if given:
-        logger.warning(f"{', '.join(given)}: unused, the anchor of --class_prompt replaces class images")
-    prodigy = args.optimizer.lower() == "prodigy"
-    if prodigy and args.use_8bit_adam:
-        logger.warning("--use_8bit_adam: unused, the optimizer is Prodigy")
-    if prodigy and args.learning_rate <= 0.1:
-        logger.warning(f"--learning_rate {args.learning_rate} is small for Prodigy, which expects about 1.0")
-    if prodigy and args.train_text_encoder:
-        logger.warning("--text_encoder_lr: unused, Prodigy has one rate for all, --learning_rate")
-
-
-# ---- The method: these four functions can be lifted into any other diffusers + peft training script ----
-
-
-# Copied from train_sap_lora_sd15.adapters_disabled
-@contextlib.contextmanager
-def adapters_disabled(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, `model` (unwrapped, with peft layers) computes what it did before adapters were added, bit for bit.
-
-    Only a flag of each adapter layer changes, and it is put back in any case: neither `requires_grad` nor the active
-    adapters move, as they do with `disable_adapters()` and `enable_adapters()`. Never run a backward pass inside.
-
-    Raises:
-        ValueError: for what the flag does not switch off: whole modules in the adapter (`modules_to_save`), merged
-            adapters, or trained parameters outside of the adapter layers.
-    """
-    layers, adapter_parts = [], set()
-    for name, module in model.named_modules():  # one walk, parents first: it takes milliseconds
-        if isinstance(module, BaseTunerLayer):
-            if module.merged:
-                raise ValueError(f"the adapter of {name} is merged into the weights: call unmerge_adapter() first")
-            layers.append(module)
-            adapter_parts.update(module.adapter_layer_names)
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            raise ValueError(f"the adapter holds all of {name} (modules_to_save), which cannot be switched off")
-        elif adapter_parts.isdisjoint(name.split(".")) and any(
-            p.requires_grad for p in module.parameters(recurse=False)
-        ):
-            raise ValueError(f"{name} trains but is no adapter: without adapters this is not the pretrained model")
-    before = [layer._disable_adapters for layer in layers]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = disabled
-
-
-# Copied from train_sap_lora_sd15.anchor_caption
-def anchor_caption(caption: str, subject_token: str, class_token: str = "") -> str:
-    """The caption of the class: `subject_token`, as a whole word, becomes `class_token` or goes.
-
-    `anchor_caption("a photo of sks dog", "sks")` is "a photo of dog", with `class_token="a"` "a photo of a dog".
-
-    Raises:
-        ValueError: if the caption, which it quotes, does not hold the token.
-    """
-    pattern = rf"(?<!\w){re.escape(subject_token)}(?!\w)"
-    replaced, count = re.subn(pattern, lambda _: class_token, caption)
-    if not count:
-        raise ValueError(f'the caption "{caption}" does not hold the word "{subject_token}"')
-    return " ".join(replaced.split())
-
-
-# Copied from train_sap_lora_sd15.predict_anchors
 @torch.no_grad()
 def predict_anchors(
-    model: torch.nn.Module,
-    denoise: Callable[..., torch.Tensor],
-    inputs: Sequence[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]],
+    model: nn.Module,
+    denoise: Callable[..., Tensor],
+    inputs: Sequence[tuple[Tensor, Tensor, dict[str, Tensor]]],
     batch_size: int = 4,
     source: str = "pretrained",
-) -> list[torch.Tensor]:
+    adapters: Sequence[BaseTunerLayer] | None = None,
+) -> list[Tensor]:
     """The anchors of Eq. 5, arXiv 2511.22245: eps_theta'(z_t, c_cls, t), for several coming micro-steps at once.
 
     Call it in the autocast context of the student's forward: outside of it the rounding differs.
@@ -666,464 +132,907 @@ def predict_anchors(
         inputs: for each micro-step the model input (B, C, h, w) and timesteps (B,) that the student sees too, and the
             conditioning on the class prompt, a dict of tensors (B, ...). Sizes may differ between micro-steps.
         batch_size: samples in one forward; it changes the result by rounding only.
-        source: "pretrained", or "finetuned" for the ablation of section 5.2, with adapters on.
+        source: "pretrained", or "finetuned" for the ablation of section 5.2, with adapters on, their dropout off.
+        adapters: the model's `adapter_layers`, if they were collected before.
 
-    Returns:
-        For each micro-step the raw prediction (B, C, h, w).
+    Returns for each micro-step the raw prediction (B, C, h, w).
     """
-    anchors = [torch.empty(0)] * len(inputs)
-    sizes = [model_input.shape[1:] for model_input, _, _ in inputs]
-    with adapters_disabled(model) if source == "pretrained" else contextlib.nullcontext():
+    anchors, sizes = [torch.empty(0)] * len(inputs), [model_input.shape[1:] for model_input, _, _ in inputs]
+    with evaluating(model) if source == "finetuned" else adapters_disabled(adapters or model):
         for size in dict.fromkeys(sizes):
-            members = [i for i, other in enumerate(sizes) if other == size]
-            model_inputs = torch.cat([inputs[i][0] for i in members]).split(batch_size)
-            timesteps = torch.cat([inputs[i][1] for i in members]).split(batch_size)
-            conditionings = {
-                name: torch.cat([inputs[i][2][name] for i in members]).split(batch_size) for name in inputs[0][2]
-            }
-            predictions = [
-                denoise(model, model_input, timestep, {name: parts[i] for name, parts in conditionings.items()})
-                for i, (model_input, timestep) in enumerate(zip(model_inputs, timesteps, strict=True))
-            ]
-            lengths = [len(inputs[i][0]) for i in members]
-            for i, anchor in zip(members, torch.cat(predictions).split(lengths), strict=True):
+            same = [i for i, other in enumerate(sizes) if other == size]
+            x, t = (torch.cat([inputs[i][part] for i in same]).split(batch_size) for part in (0, 1))
+            c = {name: torch.cat([inputs[i][2][name] for i in same]).split(batch_size) for name in inputs[0][2]}
+            found = [denoise(model, x[n], t[n], {name: parts[n] for name, parts in c.items()}) for n in range(len(x))]
+            for i, anchor in zip(same, torch.cat(found).split([len(inputs[i][0]) for i in same]), strict=True):
                 anchors[i] = anchor
     return anchors
 
 
-# Copied from train_sap_lora_sd15.semantic_anchor_loss
-def semantic_anchor_loss(
-    prediction: torch.Tensor,
-    target: torch.Tensor,
-    anchor: torch.Tensor | None = None,
-    anchor_weight: float = 0.5,
-    sample_weights: torch.Tensor | float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Eq. 5 of arXiv 2511.22245: ||target - prediction||^2 + w ||prediction - anchor||^2, as means over elements.
+def adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
+    """The adapter layers of `model` (unwrapped, with peft layers), found by one walk over its modules.
 
-    Prediction and anchor (B, C, h, w) come from the same noisy latents and timesteps, and through the same output
-    map; `sample_weights` (broadcastable to them) multiplies both terms. Then Eq. 5 means the same for every
-    parameterisation. Without an anchor it is DreamBooth's loss.
-
-    Returns:
-        The loss, its reconstruction term and its anchor term (not yet multiplied by w; None without an anchor).
+    Raises `ValueError` for what `adapters_disabled` could not switch off: whole modules in the adapter
+    (`modules_to_save`), merged adapters, or trained parameters outside of the adapter layers.
     """
-    reconstruction = (sample_weights * (target.float() - prediction.float()) ** 2).mean()
-    if anchor is None:
-        return reconstruction, reconstruction, None
-    anchor_distance = (sample_weights * (prediction.float() - anchor.float()) ** 2).mean()
-    return reconstruction + anchor_weight * anchor_distance, reconstruction, anchor_distance
+    layers, adapter_parts = [], set()
+    for name, module in model.named_modules():  # parents come first
+        if isinstance(module, BaseTunerLayer):
+            if module.merged:
+                raise ValueError(f"the adapter of {name} is merged into the weights: call unmerge_adapter() first")
+            layers.append(module)
+            adapter_parts.update(module.adapter_layer_names)
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            raise ValueError(f"the adapter holds all of {name} (modules_to_save), which cannot be switched off")
+        elif adapter_parts.isdisjoint(name.split(".")) and any(p.requires_grad for p in module.parameters(False)):
+            raise ValueError(f"{name} trains but is no adapter: without adapters this is not the pretrained model")
+    return layers
 
 
-# ---- The subject's pictures ----
-
-
-# Copied from train_sap_lora_sd15.read_image
-def read_image(source: Path | Image.Image) -> Image.Image:
-    """Open a picture as RGB: upright by its EXIF orientation, 16 bits brought to 8, transparency over white.
-
-    Raises:
-        UsageError: if the file, which it names, cannot be read.
-    """
-    try:
-        image = Image.open(source) if isinstance(source, Path) else source
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        name = source if isinstance(source, Path) else "a picture of --dataset_name"
-        advice = "scale it down" if isinstance(error, Image.DecompressionBombError) else "repair or remove it"
-        raise UsageError(f"{name} cannot be read as a picture ({error}): {advice}") from error
-
-
-# Copied from train_sap_lora_sd15.list_image_files
-def list_image_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The files of a folder whose endings Pillow reads, sorted, and the names of everything else but captions."""
-    readable = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
-    files, skipped = [], []
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix.lower() in readable and not path.name.startswith("."):
-            files.append(path)
-        elif path.name != "metadata.jsonl" and path.suffix != ".txt":
-            skipped.append(path.name)
-    return files, skipped
-
-
-# Copied from train_sap_lora_sd15.read_text
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, with or without the mark that Windows puts before it.
-
-    Raises:
-        UsageError: if it is in another encoding.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: save it as UTF-8") from error
-
-
-# Copied from train_sap_lora_sd15.read_captions
-def read_captions(folder: Path, files: Sequence[Path], field: str) -> list[str | None]:
-    """A caption for each file, from `metadata.jsonl` (`file_name` and `field`) or from NAME.txt beside NAME.jpg.
-
-    Raises:
-        UsageError: for a line that is not of that form, or names a file that is not there.
-    """
-    text_files = {path: path.with_suffix(".txt") for path in files}
-    captions = {path: read_text(text_file).strip() for path, text_file in text_files.items() if text_file.is_file()}
-    metadata = folder / "metadata.jsonl"
-    lines = read_text(metadata).split("\n") if metadata.is_file() else []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            path, caption = folder / row["file_name"], row[field]
-        except (ValueError, KeyError, TypeError) as error:
-            wanted = f'{{"file_name": "00.jpg", "{field}": "a caption"}}'
-            raise UsageError(f"{metadata}, line {number}: not of the form {wanted} ({error!r})") from error
-        if path not in files:
-            raise UsageError(f"{metadata}, line {number}: there is no picture {path}")
-        captions[path] = str(caption)
-    return [captions.get(path) for path in files]
-
-
-# Copied from train_sap_lora_sd15.load_dataset_columns
-def load_dataset_columns(args: argparse.Namespace) -> tuple[Sequence[Image.Image], list[str | None]]:
-    """Pictures (decoded when indexed) and captions of `--dataset_name`, a name on the hub or a folder on disk.
-
-    Raises:
-        UsageError: if there is no such dataset or column.
-    """
-    import datasets  # costs a second at start-up, and most runs read a folder
-
-    path = Path(args.dataset_name)
-    try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            dataset = datasets.load_from_disk(args.dataset_name)
-        else:
-            dataset = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
-    except (FileNotFoundError, ValueError, ConnectionError) as error:
-        raise UsageError(f"--dataset_name {args.dataset_name} cannot be loaded: {error}") from error
-    if isinstance(dataset, datasets.DatasetDict):
-        if "train" not in dataset:
-            raise UsageError(f"--dataset_name {args.dataset_name} has no split called train, only {list(dataset)}")
-        dataset = dataset["train"]
-    for flag in ("image_column", "caption_column"):
-        column = getattr(args, flag)
-        if column is not None and column not in dataset.column_names:
-            raise UsageError(f"--{flag} {column} is not one of the columns {', '.join(dataset.column_names)}")
-    images = dataset.cast_column(args.image_column, datasets.Image())[args.image_column]
-    captions = list(dataset[args.caption_column]) if args.caption_column else [None] * len(dataset)
-    return images, captions
-
-
-# Copied from train_sap_lora_sd15.covering_size
-def covering_size(size: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
-    """The (height, width) of a picture when it is resized to just cover a window, before it is cropped."""
-    scale = max(window[0] / size[0], window[1] / size[1])
-    return round(size[0] * scale), round(size[1] * scale)
-
-
-# Copied from train_sap_lora_sd15.SubjectImages
-class SubjectImages(torch.utils.data.Dataset):
-    """The subject's pictures and captions. An item depends on nothing but the draw (index, key) that asks for it.
-
-    Pictures are opened when they are needed and not kept; at the start each is opened once, so that a damaged one is
-    found before a model is loaded.
-
-    Args:
-        images: paths, or pictures decoded when indexed.
-        captions: for each picture the subject's caption.
-        anchor_captions: for each picture the anchor's caption.
-        args: the command line.
-    """
-
-    def __init__(self, images: Sequence, captions: list[str], anchor_captions: list[str], args: argparse.Namespace):
-        self.images, self.captions, self.anchor_captions = images, captions, anchor_captions
-        self.random_flip, self.caption_dropout = args.random_flip, args.caption_dropout
-        progress = tqdm(range(len(images)), desc="Reading pictures", leave=False)
-        self.sizes = [read_image(images[i]).size[::-1] for i in progress]  # (height, width)
-        buckets = [(args.resolution, args.resolution)]
-        if args.aspect_ratio_buckets is not None:
-            buckets = parse_buckets_string(args.aspect_ratio_buckets)
-        self.windows = [buckets[find_nearest_bucket(height, width, buckets)] for height, width in self.sizes]
-        fits = all(covering_size(*pair) == pair[1] for pair in zip(self.sizes, self.windows, strict=True))
-        centred = args.center_crop or args.aspect_ratio_buckets is not None or fits
-        self.cacheable = centred or args.cache_latents
-        crops = [torch.rand(2, generator=keyed_generator(args.seed, "crop", i)).tolist() for i in range(len(images))]
-        self.fixed_centering = [(0.5, 0.5)] * len(images) if centred else crops  # used where latents are cached
-        mode = args.image_interpolation_mode.replace("nearest_exact", "nearest").upper()
-        self.resampling = Image.Resampling[mode]
-        self.to_tensor = VaeImageProcessor(do_resize=False)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, draw: tuple[int, tuple]) -> dict:
-        """Crop, mirror and caption of one sample as drawn from its key; pixels only where latents are not cached."""
-        index, key = draw
-        left, top, flip, drop = torch.rand(4, generator=keyed_generator(*key)).tolist()
-        item = {
-            "index": index,
-            "flipped": self.random_flip and flip < 0.5,
-            "centering": self.fixed_centering[index] if self.cacheable else (left, top),
-            "prompt": "" if drop < self.caption_dropout else self.captions[index],
-            "anchor_prompt": "" if drop < self.caption_dropout else self.anchor_captions[index],
-        }
-        if not self.cacheable:
-            item["pixel_values"] = self.pixel_values(index, item["flipped"], item["centering"])
-        return item
-
-    def pixel_values(self, index: int, flipped: bool, centering: tuple[float, float]) -> torch.Tensor:
-        """One picture, mirrored or not, resized to cover its window and cropped: (3, h, w) in [-1, 1].
-
-        `centering` says where the crop lies, from (0, 0), left and top, to (1, 1), right and bottom.
-        """
-        image = read_image(self.images[index])
-        image = ImageOps.mirror(image) if flipped else image
-        height, width = self.windows[index]
-        image = ImageOps.fit(image, (width, height), method=self.resampling, centering=centering)
-        return self.to_tensor.preprocess(image)[0]
-
-
-# Copied from train_sap_lora_sd15.load_subject_images
-def load_subject_images(args: argparse.Namespace) -> SubjectImages:
-    """Read the pictures and captions that the command line names, and derive each picture's anchor caption.
-
-    Raises:
-        UsageError: if there is no picture, or one or its caption cannot be used.
-    """
-    if args.dataset_name is not None:
-        images, captions = load_dataset_columns(args)
-    else:
-        folder = Path(args.instance_data_dir)
-        images, skipped = list_image_files(folder)
-        captions = read_captions(folder, images, args.caption_column or "text")
-        if skipped:
-            logger.warning(f"{folder}: not pictures, skipped: {', '.join(skipped)}")
-    if len(images) == 0:
-        raise UsageError(f"{args.instance_data_dir or args.dataset_name} holds no picture: check --instance_data_dir")
-    missing = captions.count(None)
-    if 0 < missing < len(captions):
-        logger.warning(f"{missing} of {len(captions)} pictures have no caption: --instance_prompt stands in")
-    subject, anchor = [], []
-    for caption in captions:
-        subject.append(args.instance_prompt if caption is None else caption)
-        anchor.append(args.class_prompt or "")
-        if caption is not None and args.subject_token is not None and args.anchor_weight > 0:
-            try:
-                anchor[-1] = anchor_caption(caption, args.subject_token, args.class_token or "")
-            except ValueError as error:
-                raise UsageError(f"--subject_token: {error}; mend the caption") from error
-    if args.anchor_weight > 0 and args.class_prompt is None and missing:
-        raise UsageError(f"--class_prompt is needed for the {missing} pictures without a caption")
-    return SubjectImages(images, subject, anchor, args)
-
-
-# ---- Stateless randomness: the same key draws the same numbers, whatever was drawn before, on every device ----
-
-
-# Copied from train_sap_lora_sd15.keyed_generator
-def keyed_generator(*key: int | str) -> torch.Generator:
-    """A CPU generator whose numbers depend on the key alone, such as (seed, rank, micro-step)."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-
-
-# Copied from train_sap_lora_sd15.MicroStepSampler
-class MicroStepSampler(torch.utils.data.Sampler):
-    """For each micro-step of one rank, the draws (index, key) of its batch, from `start` to before `stop`.
-
-    An epoch deals every picture (`repeats` times) to batches of one size: pictures of one window make batches
-    together, and the last batch of a window is filled up from its first pictures, so all batches weigh the same.
-    The ranks take the batches in turn, and run on into the next epoch where they do not come out even.
-    """
-
-    def __init__(self, images: SubjectImages, args: argparse.Namespace, rank: int, ranks: int):
-        self.seed, self.rank, self.ranks = args.seed, rank, ranks
-        self.batch_size = args.train_batch_size
-        self.start = self.stop = 0
-        self.members = {
-            window: [i for i, other in enumerate(images.windows) if other == window] * args.repeats
-            for window in sorted(set(images.windows))
-        }
-        self.batches_per_epoch = sum(math.ceil(len(members) / self.batch_size) for members in self.members.values())
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019 (the sampler lives as long as the run)
-    def epoch(self, number: int) -> list[list[int]]:
-        """The batches of one epoch, lists of picture indices, the same on all ranks."""
-        generator = keyed_generator(self.seed, "epoch", number)
-        batches = []
-        for members in self.members.values():
-            shuffled = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
-            filled = itertools.cycle(shuffled)
-            for _ in range(math.ceil(len(members) / self.batch_size)):
-                batches.append(list(itertools.islice(filled, self.batch_size)))
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-    def __iter__(self) -> Iterator[list[tuple[int, tuple]]]:
-        for micro_step in range(self.start, self.stop):
-            number, position = divmod(micro_step * self.ranks + self.rank, self.batches_per_epoch)
-            batch = self.epoch(number)[position]
-            yield [(index, (self.seed, self.rank, micro_step, i)) for i, index in enumerate(batch)]
-
-
-# Copied from train_sap_lora_sd15.as_list
-def as_list(items: list) -> list:
-    """Collate nothing: samples of a batch are put together where their latents and embeddings are known."""
-    return items
-
-
-# Copied from train_sap_lora_sd15.ignore_signals
-def ignore_signals(worker: int) -> None:
-    """Leave requests to stop, which reach a whole group of processes, to the one that trains."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-# ---- Components, in stages: text encoders, then the VAE, then the denoiser ----
-
-
-# Copied from train_sap_lora_sd15.Run
-@dataclasses.dataclass
-class Run:
-    """What the stages of a run hand on. The text pipeline and the VAE are None as soon as they are not needed."""
-
-    args: argparse.Namespace
-    accelerator: Accelerator
-    images: SubjectImages
-    record: dict = dataclasses.field(default_factory=dict)  # of `describe_run`, for checkpoints
-    signals: StopSignals = dataclasses.field(default_factory=StopSignals)
-    scheduler: SchedulerMixin | None = None
-    text_pipeline: PIPELINE_CLASS | None = None
-    embeddings: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)  # of each prompt
-    sampling_inputs: dict[str, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)
-    vae: AutoencoderKL | None = None
-    vae_config: dict = dataclasses.field(default_factory=dict)
-    posteriors: dict[tuple[int, bool], torch.Tensor] = dataclasses.field(default_factory=dict)
-    denoiser: torch.nn.Module | None = None
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of frozen weights and embeddings; what trains is always float32."""
-        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
-
-    def adapted(self) -> dict[str, torch.nn.Module]:
-        """The modules that have a LoRA, by their names in the pipeline."""
-        encoders = TRAINABLE_TEXT_ENCODERS if self.text_pipeline is not None else ()
-        return {DENOISER: self.denoiser, **{name: getattr(self.text_pipeline, name) for name in encoders}}
-
-
-# Copied from train_sap_lora_sd15.loading
 @contextlib.contextmanager
-def loading(flag: str) -> Iterator[None]:
-    """Inside, or in a function that it decorates, what cannot be loaded ends in one sentence that begins with `flag`.
+def adapters_disabled(adapters: nn.Module | Sequence[BaseTunerLayer]) -> Iterator[None]:
+    """Inside, a model with peft layers computes what it did before adapters were added, bit for bit.
 
-    Raises:
-        UsageError: in place of what diffusers, transformers and safetensors raise for missing or damaged files.
+    `adapters` is the model, or its `adapter_layers`, which saves a walk over thousands of modules at each call. Only
+    a flag of each layer changes, and it is put back in any case: neither `requires_grad` nor the active adapters move,
+    as they do with peft's `disable_adapters()` and `enable_adapters()`. Never run a backward pass inside.
+    """
+    layers = adapter_layers(adapters) if isinstance(adapters, nn.Module) else adapters
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside, `module` is in evaluation mode, without dropout; afterwards it is as it was."""
+    training = module.training
+    try:
+        module.eval()
+        yield
+    finally:
+        module.train(training)
+
+
+def anchor_caption(caption: str, subject_token: str, class_token: str = "") -> str:
+    """The caption of the class: `subject_token`, as a whole word, becomes `class_token` or goes.
+
+    `anchor_caption("a photo of sks dog", "sks")` is "a photo of dog", with `class_token="a"` "a photo of a dog".
+    Raises `ValueError` if the caption, which it quotes, does not hold the token.
+    """
+    pattern = rf"(?<!\w){re.escape(subject_token)}(?!\w)"
+    replaced, count = re.subn(pattern, lambda _: class_token, caption)
+    if not count:
+        raise ValueError(f'the caption "{caption}" does not hold the word "{subject_token}"')
+    return " ".join(replaced.split())
+
+
+# ---- What is special to this base ----
+
+PIPELINE_CLASS = diffusers.StableDiffusion3Pipeline
+DENOISER_CLASS, DENOISER = diffusers.SD3Transformer2DModel, "transformer"
+TRAINABLE_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+BASE_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "transformer", "vae", "scheduler")
+FOREIGN_PARTS = ("unet",)
+BASE_KIND = "this script trains Stable Diffusion 3 and 3.5; 1.x, 2.x and SDXL have scripts of their own"
+UNUSED_PARTS = {"feature_extractor": None, "image_encoder": None}
+# With these endings also `attn2`, the second attention that SD3.5-medium has in some blocks, is adapted.
+DENOISER_TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out"]
+LATENT_STRIDE = 16  # pixels an edge of a patch of 2 x 2 latents stands for
+FINAL_SAMPLING = {}
+REPEATED_BLOCK = "JointTransformerBlock"
+RESOLUTION, LEARNING_RATE, WEIGHT_DECAY, OUTPUT_DIR = 512, 1e-4, 1e-4, "sd3-dreambooth"
+TRACKER = "dreambooth-sd3-lora"
+
+# ---- What is not ----
+
+TEXT_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
+TRAINING_FILE = "training_state.pt"
+STATE_FILE = "trainer_state.json"
+FINISHED_FILE = "finished_run.json"
+SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
+STATE_FORMAT = 2  # of checkpoints; it goes up when older ones can no longer be read
+PAPER = "https://arxiv.org/abs/2511.22245"
+LR_SCHEDULERS = [name.value for name in SchedulerType if name != SchedulerType.PIECEWISE_CONSTANT]
+
+
+class UsageError(ValueError):
+    """What the user can mend: the message names the flag or the file, what is wrong and what to do."""
+
+
+class RunError(Exception):
+    """What ended a run under way: the message says what, and what is left on the disk."""
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal, without the control characters that captions and names of files may hold."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+@contextlib.contextmanager
+def explained(what: str, *more: type[Exception]) -> Iterator[None]:
+    """Inside, or in a function that it decorates, what libraries raise becomes one sentence after `what`.
+
+    Only what they raise for files and values that they cannot use, and `more`: a bug of ours stays a traceback.
     """
     try:
         yield
     except UsageError:
         raise
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-        value = flag.partition(" ")[2]
-        what = "is no folder, and the hub does not give it"
-        if not value or Path(value).exists():
-            what = "cannot be loaded"
-        raise UsageError(f"{flag} {what}: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, LookupError, SafetensorError, *more) as error:
+        raise UsageError(f"{what}{hub_advice(error)}: {' '.join(str(error).split())}") from error
 
 
-# Copied from train_sap_lora_sd15.read_index
-def read_index(args: argparse.Namespace) -> dict:
-    """The base pipeline's model_index.json: for each part its library and its class.
+def hub_advice(error: BaseException | None) -> str:
+    """What to do about an error that has its cause in the hub."""
+    advice = {"GatedRepoError": "accept its terms on the hub, then `hf auth login`",
+              "RepositoryNotFoundError": "check the name; if it is private, `hf auth login`",
+              "LocalTokenNotFoundError": "`hf auth login` first",
+              "LocalEntryNotFoundError": "the hub cannot be reached: go online, or name a folder",
+              "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set: unset it, or name a folder"}  # fmt: skip
+    while error is not None and type(error).__name__ not in advice:
+        error = error.__cause__ or error.__context__
+    return "" if error is None else f" ({advice[type(error).__name__]})"
 
-    Raises:
-        UsageError: if there is none, or if it is not of a pipeline that this script trains.
+
+# ---- Micro-steps: one batch each, from its draws to its losses ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that training reads, once the stages are through."""
+
+    args: Namespace
+    accelerator: Accelerator
+    images: SubjectImages
+    embeddings: dict[str, dict[str, Tensor]]  # of each prompt the conditioning (1, ...), on the CPU
+    sampling_inputs: dict[str, dict[str, Tensor]]  # for the prompts of validation
+    vae: AutoencoderKL  # on the CPU, unless random crops need it in each micro-step
+    posteriors: dict[tuple[int, bool], Tensor]  # of each picture and its mirror image (1, 2 C, h, w), on the CPU
+    student: Student
+    scheduler: diffusers.SchedulerMixin
+    record: dict  # of `describe_run`
+    signals: StopRequests
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+
+@dataclasses.dataclass
+class MicroStep:
+    """One batch of B samples, drawn and noised, everything in float32 on the device."""
+
+    index: int
+    pictures: list[int]
+    prompts: list[str]
+    conditioning: dict[str, Tensor]  # on the subject prompts; without embeddings if text encoders train
+    anchor_conditioning: dict[str, Tensor]  # on the class prompts; empty without anchor
+    mask: Tensor | float  # (B, 1, h, w), what weighs the reconstruction
+    model_input: Tensor  # (B, C, h, w), the noisy latents
+    timesteps: Tensor  # (B,)
+    target: Tensor  # (B, C, h, w)
+    skip: Tensor  # (B, 1, 1, 1), as `scale` and the weights: target = skip * model_input + scale * prediction
+    scale: Tensor
+    sample_weights: Tensor
+
+
+class Student(nn.Module):
+    """The model in training: the denoiser, with the text encoders if they train too.
+
+    As one module it is prepared, synchronised by DDP and accumulated once, whatever trains.
     """
-    base = args.pretrained_model_name_or_path
-    flag = f"--pretrained_model_name_or_path {base}"
-    if Path(base).is_file():
+
+    def __init__(self, denoiser: nn.Module, text_pipeline: PIPELINE_CLASS | None = None):
+        super().__init__()
+        self.denoiser, self.text_pipeline = denoiser, text_pipeline
+        encoders = TRAINABLE_TEXT_ENCODERS if text_pipeline is not None else ()
+        self.text_encoders = nn.ModuleDict({name: getattr(text_pipeline, name) for name in encoders})
+        self.adapted = {DENOISER: denoiser, **self.text_encoders}  # what has a LoRA, by its name in the pipeline
+        self.adapters = adapter_layers(denoiser)
+
+    def forward(self, model_input: Tensor, timesteps: Tensor, conditioning: dict, prompts: list[str]) -> Tensor:
+        """The raw prediction (B, C, h, w) for the subject's B prompts."""
+        if self.text_pipeline is not None:
+            conditioning = conditioning | encode_prompts(self.text_pipeline, prompts, model_input.device)
+        return denoise(self.denoiser, model_input, timesteps, conditioning)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """All that the optimizer changes."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+class Tokens:
+    """A tokenizer whose tokens are on the device when the pipeline asks for them there: its copy would wait."""
+
+    def __init__(self, tokenizer, device: torch.device):
+        self.tokenizer, self.device = tokenizer, device
+
+    def __getattr__(self, name: str):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, *texts, **options):
+        tokens = self.tokenizer(*texts, **options)
+        for name in tokens:
+            tokens[name] = to_device(tokens[name], self.device)
+        return tokens
+
+
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """A CPU generator whose numbers depend on the key alone, such as (seed, rank, micro-step), on every device."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on the device, on CUDA without waiting for what that still computes: from pinned memory.
+
+    Elsewhere a plain copy: on MPS one that does not wait can read memory that is already free (pytorch #189690).
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def encode_crops(run: Run, group: list[tuple[int, list[dict]]]) -> None:
+    """Give the items of several micro-steps, whose crops were drawn anew, their posteriors (1, 2 C, h, w)."""
+    with vae_at_work(run) as vae:
+        for _, items in group:
+            pixel_values = torch.stack([item["pixel_values"] for item in items])
+            parameters = vae.encode(to_device(pixel_values, run.device)).latent_dist.parameters
+            for item, one in zip(items, parameters.split(1), strict=True):
+                item["posterior"] = one
+
+
+def draw_latents(run: Run, items: list[dict], generator: torch.Generator) -> Tensor:
+    """Sample the posterior of each item anew: scaled latents (B, C, h, w) in float32."""
+    found = [item.get("posterior", run.posteriors.get((item["index"], item["flipped"]))) for item in items]
+    posterior = DiagonalGaussianDistribution(to_device(torch.cat(found), run.device))
+    noise = to_device(torch.randn(posterior.mean.shape, generator=generator), run.device)
+    return scale_latents(posterior.mean + posterior.std * noise, run.vae)
+
+
+def look_up_embeddings(run: Run, prompts: list[str]) -> dict[str, Tensor]:
+    """The conditioning (B, ...) on B prompts from those encoded beforehand, each sample with its own."""
+    found = [run.embeddings[prompt] for prompt in prompts]
+    return {name: to_device(torch.cat([one[name] for one in found]), run.device) for name in found[0]}
+
+
+def mask_weights(run: Run, items: list[dict], size: torch.Size) -> Tensor | float:
+    """What the reconstruction weighs in each place (B, 1, h, w): 1 inside the masks, `--unmasked_weight` outside."""
+    if not run.images.masks or items[0]["index"] >= run.images.count:  # pictures that are held out have none
+        return 1.0
+    masks = [run.images.mask(item["index"], item["flipped"], item["centering"]) for item in items]
+    inside = nn.functional.adaptive_avg_pool2d(torch.stack(masks), size)
+    return to_device(inside + run.args.unmasked_weight * (1 - inside), run.device)
+
+
+def diffuse(run: Run, latents: Tensor, noise: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """The fields of a `MicroStep` that latents and noise (B, C, h, w) give at timesteps drawn from `generator`, by
+    `--weighting_scheme` and from the scheduler's table."""
+    args, scheduler = run.args, run.scheduler
+    density = diffusers.training_utils.compute_density_for_timestep_sampling(
+        args.weighting_scheme, len(latents), args.logit_mean, args.logit_std, args.mode_scale, generator=generator
+    )
+    last = len(scheduler.timesteps) - 1
+    draws = (density * (last + 1)).long().clamp(0, last)  # the mode scheme reaches 1 and can leave [0, 1]
+    sigmas = to_device(scheduler.sigmas[draws].float()[:, None, None, None], run.device)
+    to_latents = bool(args.precondition_outputs)
+    return {
+        "model_input": (1 - sigmas) * latents + sigmas * noise,
+        "timesteps": to_device(scheduler.timesteps[draws], run.device),
+        "target": latents if to_latents else noise - latents,
+        "skip": torch.full_like(sigmas, to_latents),
+        "scale": -sigmas if to_latents else torch.ones_like(sigmas),
+        "sample_weights": diffusers.training_utils.compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas),
+    }
+
+
+def draw_micro_step(run: Run, index: int, items: list[dict]) -> MicroStep:
+    """Draw latents, noise and timesteps of one batch. They depend on (seed, rank, index) and the pictures alone."""
+    args, generator = run.args, keyed_generator(run.args.seed, run.accelerator.process_index, index)
+    latents = draw_latents(run, items, generator)
+    noise = to_device(torch.randn(latents.shape, generator=generator), run.device)
+    pictures, prompts, anchor_prompts = ([item[k] for item in items] for k in ("index", "prompt", "anchor_prompt"))
+    conditioning = {} if args.train_text_encoder else look_up_embeddings(run, prompts)
+    anchor_conditioning = look_up_embeddings(run, anchor_prompts) if args.anchor_weight > 0 else {}
+    mask = mask_weights(run, items, latents.shape[-2:])
+    diffused = diffuse(run, latents, noise, generator)
+    return MicroStep(index, pictures, prompts, conditioning, anchor_conditioning, mask, **diffused)
+
+
+def to_target_space(prediction: Tensor, step: MicroStep) -> Tensor:
+    """The one map of raw predictions, of student and anchor, to what the target is: latents, or the velocity itself.
+
+    In float32: at small sigmas half precision would bury the difference of the two.
+    """
+    return step.skip * step.model_input + step.scale * prediction.float()
+
+
+def loss_terms(step: MicroStep, anchor: Tensor | None, student: nn.Module, args: Namespace) -> tuple:
+    """Student forward and objective of one micro-step: loss, reconstruction term, anchor term."""
+    prediction = student(step.model_input, step.timesteps, step.conditioning, step.prompts)
+    prediction, anchor = (None if one is None else to_target_space(one, step) for one in (prediction, anchor))
+    return semantic_anchor_loss(prediction, step.target, anchor, args.anchor_weight, step.sample_weights, step.mask)
+
+
+def micro_steps(run: Run, start: int) -> Iterator[tuple[MicroStep, Tensor | None]]:
+    """All micro-steps of the run from `start` on, each with its anchor (None without anchor).
+
+    Anchors are computed for groups of micro-steps, which are counted from the first one of the run and always whole:
+    a resumed run puts the same samples into the same forward as the run that was not interrupted, and rounds alike.
+    """
+    args, accelerator, images = run.args, run.accelerator, run.images
+    size = max(1, args.anchor_batch_size // args.train_batch_size) if args.anchor_weight > 0 else 1
+    if args.anchor_source == "finetuned":  # it must see the weights of its own optimizer step
+        size = max(n for n in range(1, size + 1) if args.gradient_accumulation_steps % n == 0)
+    stop = args.max_train_steps * args.gradient_accumulation_steps
+    size = min(size, stop)
+    first, last = start // size * size, math.ceil(stop / size) * size
+    draws = images.draws(accelerator.process_index, accelerator.num_processes, first, last)
+    numbered = enumerate(images.batches(draws), first)
+    while group := list(itertools.islice(numbered, size)):
+        if not images.cacheable:
+            encode_crops(run, group)
+        steps, anchors = [draw_micro_step(run, i, items) for i, items in group], [None] * size
+        if args.anchor_weight > 0:
+            inputs = [(step.model_input, step.timesteps, step.anchor_conditioning) for step in steps]
+            options = (args.anchor_batch_size, args.anchor_source, run.student.adapters)
+            with accelerator.autocast():
+                anchors = predict_anchors(run.student.denoiser, denoise, inputs, *options)
+        yield from (pair for pair in zip(steps, anchors, strict=True) if start <= pair[0].index < stop)
+
+
+# ---- Training ----
+
+
+class StopRequests:
+    """Ctrl-C, SIGTERM (a scheduler, a spot machine's notice) and SIGHUP (a closed terminal) as requests to stop.
+
+    Inside the `with` block one ends the program at once. While `deferring` is set it is only kept in `received`, for
+    `train` to see, and another one a second later ends the program: until then it may be the same, passed on by a
+    launcher.
+    """
+
+    def __init__(self):
+        self.deferring, self.received, self.arrival, self.previous = False, 0, 0.0, {}
+
+    def __enter__(self) -> StopRequests:
+        in_main_thread = threading.current_thread() is threading.main_thread()  # Python allows it nowhere else
+        for name in ("SIGINT", "SIGTERM", "SIGHUP") if in_main_thread else ():
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                self.previous[number] = signal.signal(number, self.handle) or signal.SIG_DFL
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame) -> None:
+        if not self.deferring or self.received and time.monotonic() - self.arrival > 1:
+            logger.warning(f"{signal.Signals(number).name}: stopped at once, nothing more is kept")
+            sys.exit(128 + number)
+        if not self.received:
+            self.received, self.arrival = number, time.monotonic()
+
+
+def agreed_signal(run: Run) -> int:
+    """The signal that asked any rank to stop, or 0; several ranks ask one another, after each optimizer step."""
+    accelerator, received = run.accelerator, run.signals.received
+    if accelerator.num_processes > 1 and accelerator.sync_gradients:
+        return int(accelerator.gather(torch.tensor([received], device=run.device)).max())
+    return received if accelerator.num_processes == 1 else 0
+
+
+def make_optimizer(run: Run) -> torch.optim.Optimizer:
+    """AdamW, 8-bit AdamW or Prodigy over the adapters, with a rate and a weight decay for each kind of module."""
+    args, groups, kind = run.args, [], torch.optim.AdamW
+    options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    prodigy = args.optimizer.lower() == "prodigy"
+    if prodigy:
+        from prodigyopt import Prodigy as kind
+
+        names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
+        options |= {name: getattr(args, f"prodigy_{name}") for name in names}
+    elif args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as kind
+    for name, module in run.student.adapted.items():
+        of_denoiser = name == DENOISER
+        groups.append({
+            "params": [parameter for parameter in module.parameters() if parameter.requires_grad],
+            "lr": args.learning_rate if of_denoiser or prodigy else args.text_encoder_lr,
+            "weight_decay": args.adam_weight_decay if of_denoiser else args.adam_weight_decay_text_encoder,
+        })  # fmt: skip
+    return kind(groups, **options)
+
+
+@dataclasses.dataclass
+class Training:
+    """What changes while a run trains."""
+
+    student: nn.Module  # prepared by accelerate: in autocast, under DDP
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    step: int = 0  # the last optimizer step that is done
+    saved: int = 0  # the last one that a checkpoint holds
+    skipped: int = 0  # the last steps in a row that fp16's scaler skipped, as their gradients overflowed
+    waiting: list[tuple] = dataclasses.field(default_factory=list)  # for the log: terms, rate, step, pictures
+    images: list[Image.Image] = dataclasses.field(default_factory=list)  # of the last validation
+
+
+def start_training(run: Run, checkpoint: Path | None, start: int) -> Training:
+    """Optimizer, schedule and the prepared student, as they are at the start or as a checkpoint has them."""
+    args, optimizer = run.args, make_optimizer(run)
+    steps = max(args.max_train_steps, args.lr_warmup_steps + 1)  # polynomial divides by what is left after warm-up
+    schedule = (args.lr_warmup_steps, steps, args.lr_num_cycles, args.lr_power)  # in optimizer steps
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, *schedule)
+    training = Training(*run.accelerator.prepare(run.student, optimizer), lr_scheduler, start, start)
+    if checkpoint is not None:
+        load_checkpoint(run, training, checkpoint)
+    return training
+
+
+def train(run: Run, training: Training) -> int:
+    """Run the optimizer steps that are left; returns the signal that asked to stop before their end, or 0."""
+    args, accelerator, accumulation = run.args, run.accelerator, run.args.gradient_accumulation_steps
+    parameters, terms, seen, signal_number = list(run.student.trained().values()), [], [], 0
+    progress = tqdm(total=args.max_train_steps, initial=training.step, desc="Steps")
+    # The bar is closed before an error is told.
+    with contextlib.closing(micro_steps(run, training.step * accumulation)) as steps, progress:
+        for step, anchor in steps:
+            # LoRA dropout draws from the global generator: key that too.
+            key = (args.seed, accelerator.process_index, step.index, "dropout")
+            torch.manual_seed(keyed_generator(*key).initial_seed())
+            with accelerator.accumulate(training.student):
+                loss, *parts = loss_terms(step, anchor, training.student, args)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                training.optimizer.step()
+                training.optimizer.zero_grad()
+            terms.append(torch.stack([term.detach() for term in (loss, *parts) if term is not None]))
+            seen += step.pictures
+            if accelerator.sync_gradients:
+                training.step, lr = (step.index + 1) // accumulation, training.lr_scheduler.get_last_lr()[0]
+                skipped = {"skipped": training.skipped} if accelerator.scaler is not None else {}
+                training.waiting.append((torch.stack(terms).mean(dim=0), {"lr": lr} | skipped, training.step, seen))
+                count_skipped(run, training)
+                terms, seen, saving = [], [], training.step % args.checkpointing_steps == 0
+                if saving or training.step % args.logging_steps == 0:
+                    log_steps(run, training, progress)
+                if saving:
+                    save_checkpoint(run, training)
+            signal_number = agreed_signal(run)
+            if not signal_number and accelerator.sync_gradients and validation_is_due(args, training.step):
+                if args.validation_prompts:
+                    training.images = validate(run, args.validation_prompts, "validation", training.step)
+                if args.validation_data_dir is not None:
+                    log_held_out(run, training.step)
+                signal_number = agreed_signal(run)
+            if signal_number:
+                break
+        log_steps(run, training, progress)
+    return signal_number
+
+
+def train_and_keep(run: Run, training: Training) -> None:
+    """Train; however that ends, what was trained is on the disk before a signal or an error ends the program."""
+    args, accelerator, signals, error, signal_number = run.args, run.accelerator, run.signals, None, 0
+    signals.deferring = True
+    try:
+        signal_number = train(run, training)
+    except UsageError as damage:  # a picture that was whole when the run began
+        if accelerator.num_processes > 1:
+            raise  # the other ranks wait for this one in their step
+        error = damage
+    if (signal_number or error) and training.saved < training.step:
+        save_checkpoint(run, training)
+    if accelerator.is_main_process and training.step > 0:
+        write_results(run)
+    signal_number = signal_number or agreed_signal(run)
+    signals.deferring = False
+    if signal_number or error:
+        accelerator.end_training()
+        reason = error or signal.Signals(signal_number).name
+        reason = f"{reason}: stopped after step {training.step} of {args.max_train_steps}. To go on, add "
+        reason += f"--resume_from_checkpoint latest to the same command. Written: {written(Path(args.output_dir))}"
+        if error:
+            raise RunError(reason) from error
+        logger.warning(reason)
+        sys.exit(128 + signal_number)
+
+
+def count_skipped(run: Run, training: Training) -> None:
+    """Let the schedule wait for a step that fp16's scaler skipped; raise `RunError` where it skips all of them."""
+    if not training.optimizer.step_was_skipped:
+        training.lr_scheduler.step()
+        training.skipped = -1
+    training.skipped += 1
+    if training.skipped >= min(30, run.args.max_train_steps):
+        raise not_finite(run, f"the gradients of {training.skipped} steps in a row overflowed: nothing was learned")
+
+
+def log_steps(run: Run, training: Training, progress: tqdm) -> None:
+    """Fetch and log the terms of the steps that wait, as means over micro-steps and ranks; raise `RunError` at a NaN.
+
+    Until then they stay on the device, so that the host can run ahead.
+    """
+    rows = [terms for terms, *_ in training.waiting]
+    rows = run.accelerator.reduce(torch.stack(rows), "mean").tolist() if rows else []
+    for values, (_, more, step, seen) in zip(rows, training.waiting, strict=True):
+        logs = dict(zip(("loss", "loss/reconstruction", "loss/anchor"), values, strict=False)) | more
+        progress.update(1)
+        progress.set_postfix({name.removeprefix("loss/"): f"{value:.4g}" for name, value in logs.items()})
+        log(run, logs, step)
+        if not math.isfinite(values[0]):
+            names = sorted({run.images.names[index] for index in seen})
+            raise not_finite(run, f"the loss of step {step} is {values[0]}, with {', '.join(names[:8])}")
+    training.waiting.clear()
+
+
+def log(run: Run, values: dict[str, float], step: int) -> None:
+    """Give values to the trackers and, whatever they are, a line to `metrics.jsonl`."""
+    with giving_up(run.accelerator):
+        run.accelerator.log(values, step=step)
+        if run.accelerator.is_main_process:
+            with (Path(run.args.output_dir) / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
+
+
+@contextlib.contextmanager
+def giving_up(accelerator: Accelerator) -> Iterator[None]:
+    """Inside, a log that cannot be written (a full disk, a folder that is gone) is given up: the run goes on."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning(f"No more logs, they cannot be written: {error}")
+        accelerator.trackers.clear()
+
+
+def not_finite(run: Run, what: str) -> RunError:
+    """The error for numbers that are not finite: what they are of, likely causes, and what is left."""
+    fp16 = "--mixed_precision fp16 overflows where bf16 does not; " if run.accelerator.scaler is not None else ""
+    causes = f"--learning_rate {run.args.learning_rate:g} may be too high; {fp16}the base may be damaged"
+    kept = [path.name for path in list_checkpoints(Path(run.args.output_dir))]
+    return RunError(f"{what}. Likely causes: {causes}. No file changed; checkpoints: {', '.join(kept) or 'none'}")
+
+
+@torch.no_grad()
+def log_held_out(run: Run, step: int) -> None:
+    """Log the two terms on the pictures of `--validation_data_dir`, at noise and timesteps that stay the same."""
+    images, terms = run.images, []
+    with evaluating(run.student), run.accelerator.autocast():
+        for number in range(8 * (len(images) - images.count)):  # each picture eight times
+            index = images.count + number % (len(images) - images.count)
+            item = images[index, (run.args.seed, "held out", number)] | {"centering": (0.5, 0.5), "flipped": False}
+            if not images.cacheable:
+                item["pixel_values"] = images.pixel_values(index, False, (0.5, 0.5))
+                encode_crops(run, [(0, [item])])
+            drawn = draw_micro_step(run, -1 - number, [item])
+            inputs = [(drawn.model_input, drawn.timesteps, drawn.anchor_conditioning)]
+            anchors = predict_anchors(run.student.denoiser, denoise, inputs) if run.args.anchor_weight > 0 else [None]
+            found = loss_terms(drawn, anchors[0], run.student, run.args)[1:]
+            terms.append([term for term in found if term is not None])
+    log(run, dict(zip(("val/reconstruction", "val/anchor"), torch.tensor(terms).mean(0).tolist(), strict=False)), step)
+
+
+def validation_is_due(args: Namespace, step: int) -> bool:
+    """Whether pictures are made after this step: every --validation_steps, or at the end of due epochs."""
+    if args.validation_data_dir is None and not (args.validation_prompts and args.num_validation_images):
+        return False
+    if args.validation_steps is not None:
+        return step % args.validation_steps == 0
+    epoch, position = divmod(step - 1, args.steps_per_epoch)
+    ends = position == args.steps_per_epoch - 1 or step == args.max_train_steps
+    return ends and epoch % args.validation_epochs == 0
+
+
+# ---- The subject's pictures and captions, and which of them each micro-step sees ----
+
+
+def read_image(source: Path | Image.Image) -> Image.Image:
+    """Open a picture as RGB: upright by its EXIF orientation, 16 bits brought to 8, transparency over white."""
+    image = ImageOps.exif_transpose(Image.open(source) if isinstance(source, Path) else source)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with or without the mark that Windows puts before it; empty if there is no file."""
+    with explained(f"{path} is not UTF-8 text, save it as UTF-8"):
+        return path.read_text(encoding="utf-8-sig").rstrip() if path.is_file() else ""
+
+
+def caption_in(found: object) -> str | None:
+    """A caption as a file or a column holds it, or None where that holds nothing or blanks."""
+    if found is not None and not isinstance(found, str):
+        raise ValueError(f"a caption must be text, not {found!r}")
+    return found.encode() and found.strip() or None if found else None
+
+
+def read_folder(name: str, field: str | None) -> tuple[list[Path], list[str | None]]:
+    """The pictures of a folder, and captions from `metadata.jsonl` or from NAME.txt beside NAME.jpg."""
+    folder, field = Path(name), field or "text"
+    if importlib.util.find_spec("pillow_heif"):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    readable = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
+    files, skipped, metadata = [], [], folder / "metadata.jsonl"
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix.lower() in readable and not path.name.startswith("."):
+            files.append(path)
+        elif path != metadata and path.suffix != ".txt" and path.name not in SYSTEM_FILES and path.name[:2] != "._":
+            skipped.append(path.name)
+    if skipped:
+        heic = any(name.lower().endswith((".heic", ".heif")) for name in skipped)
+        advice = "; for HEIC export JPEG, or pip install pillow-heif" if heic else ""
+        logger.warning(f"{folder}: not pictures, skipped: {', '.join(skipped)}{advice}")
+    captions = {path: caption_in(read_text(path.with_suffix(".txt"))) for path in files}
+    form = f'{{"file_name": "00.jpg", "{field}": "a caption"}}'
+    for number, line in enumerate(read_text(metadata).split("\n"), 1):
+        with explained(f"{metadata}, line {number}: not the line of a picture, of the form {form}", TypeError):
+            row = json.loads(line.strip() or "null")
+            if row is not None:
+                captions[files[files.index(folder / row["file_name"])]] = caption_in(row[field])
+    return files, list(captions.values())
+
+
+def read_dataset(args: Namespace) -> tuple[Sequence[Image.Image], list[str | None]]:
+    """Pictures (decoded when indexed) and captions of `--dataset_name`, a name on the hub or a folder on disk."""
+    import datasets  # costs a second at start-up, and most runs read a folder
+
+    path = Path(args.dataset_name)
+    with explained(f"--dataset_name {args.dataset_name} cannot be loaded"):
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            dataset = datasets.load_from_disk(args.dataset_name)
+        else:
+            dataset = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
+        dataset = dataset["train"] if isinstance(dataset, datasets.DatasetDict) else dataset
+    for flag in ("image_column", "caption_column"):
+        column = getattr(args, flag)
+        if column is not None and column not in dataset.column_names:
+            raise UsageError(f"--{flag} {column} is not one of the columns {', '.join(dataset.column_names)}")
+    captions = dataset[args.caption_column] if args.caption_column else [None] * len(dataset)
+    with explained(f"--image_column {args.image_column} or --caption_column {args.caption_column}", TypeError):
+        images = dataset.cast_column(args.image_column, datasets.Image())[args.image_column]
+        return images, [caption_in(caption) for caption in captions]
+
+
+class SubjectImages:
+    """The subject's pictures with their captions and anchor captions, and the order in which a run sees them.
+
+    An item depends on nothing but the draw (index, key) that asks for it. Pictures are opened when they are needed
+    and not kept; at the start each is opened once, so that a damaged one is found before a model is loaded.
+    """
+
+    def __init__(self, args: Namespace):
+        self.args = args
+        folder, held_out = args.instance_data_dir, args.validation_data_dir
+        self.images, captions = read_dataset(args) if folder is None else read_folder(folder, args.caption_column)
+        self.count = len(self.images)  # after those to train on come the indices of those held out for validation
+        self.held_out, more = read_folder(held_out, args.caption_column) if held_out is not None else ([], [])
+        if self.count == 0 or held_out is not None and not self.held_out:
+            raise UsageError(f"{held_out if self.count else folder or args.dataset_name} holds no picture")
+        self.caption_all(captions + more)
+        self.names = [one.name if isinstance(one, Path) else f"picture {i}" for i, one in enumerate(self.images)]
+        self.names += [path.name for path in self.held_out]
+        progress = tqdm(range(len(self)), desc="Reading pictures", leave=False)
+        self.sizes = [self.read(i).size[::-1] for i in progress]  # (height, width)
+        buckets = [(args.resolution, args.resolution)]
+        if args.aspect_ratio_buckets is not None:
+            buckets = parse_buckets_string(args.aspect_ratio_buckets)
+        elif args.use_aspect_ratio_buckets:
+            buckets = diffusers.training_utils.generate_aspect_ratio_buckets(args.resolution, LATENT_STRIDE)
+        self.masks = self.read_masks()
+        self.windows = [buckets[find_nearest_bucket(*size, buckets)] for size in self.sizes]
+        scales = [max(H / h, W / w) for (h, w), (H, W) in zip(self.sizes, self.windows, strict=True)]
+        # The pictures' sizes when they are resized to just cover their windows.
+        self.covering = [(round(h * s), round(w * s)) for (h, w), s in zip(self.sizes, scales, strict=True)]
+        in_buckets = args.aspect_ratio_buckets is not None or args.use_aspect_ratio_buckets
+        centred = args.center_crop or in_buckets or self.covering == self.windows
+        self.cacheable = centred or args.cache_latents
+        crops = (torch.rand(2, generator=keyed_generator(args.seed, "crop", i)).tolist() for i in range(len(self)))
+        self.fixed_centering = [(0.5, 0.5) if centred else tuple(crop) for crop in crops]  # where latents are cached
+        self.batches_per_epoch = len(self.epoch(0))
+
+    def caption_all(self, captions: list[str | None]) -> None:
+        """Give every picture its caption, or the instance prompt, and the anchor's caption."""
+        args, missing, self.captions, self.anchor_captions = self.args, captions.count(None), [], []
+        if missing < len(captions):
+            stands_in = ", --instance_prompt stands in for the others" if missing else ""
+            logger.info(f"Captions: found for {len(captions) - missing} of {len(captions)} pictures{stands_in}")
+        if args.anchor_weight > 0 and args.subject_token is None and len(set(captions) - {None}) > 1:
+            advice = "which draws out what they add: with --subject_token each has an anchor of its own"
+            logger.warning(f'The captions differ and all are anchored to "{args.class_prompt}", {advice}')
+        if args.anchor_weight > 0 and args.class_prompt is None and missing:
+            raise UsageError(f"--class_prompt is needed for the {missing} pictures without a caption")
+        for caption in captions:
+            anchor = args.class_prompt or ""
+            if caption is not None and args.subject_token is not None and args.anchor_weight > 0:
+                with explained("--subject_token"):
+                    anchor = anchor_caption(caption, args.subject_token, args.class_token or "")
+            self.captions.append(args.instance_prompt if caption is None else caption)
+            self.anchor_captions.append(anchor)
+
+    def __len__(self) -> int:
+        return self.count + len(self.held_out)
+
+    def read(self, index: int) -> Image.Image:
+        """One picture; raises `UsageError`, with its name, if it cannot be read."""
+        place = self.args.instance_data_dir or self.args.dataset_name
+        errors = (SyntaxError, AttributeError, TypeError, Image.DecompressionBombError)
+        with explained(f"{self.names[index]} of {place} cannot be read as a picture, mend or remove it", *errors):
+            return read_image(self.images[index] if index < self.count else self.held_out[index - self.count])
+
+    def __getitem__(self, draw: tuple[int, tuple]) -> dict:
+        """Crop, mirror and caption of one sample as drawn from its key; pixels only where latents are not cached."""
+        index, key = draw
+        left, top, flip, drop = torch.rand(4, generator=keyed_generator(*key)).tolist()
+        dropped, flipped = drop < self.args.caption_dropout, self.args.random_flip and flip < 0.5
+        centering = self.fixed_centering[index] if self.cacheable else (left, top)
+        return {
+            "index": index,
+            "flipped": flipped,
+            "centering": centering,
+            "prompt": "" if dropped else self.captions[index],
+            "anchor_prompt": "" if dropped else self.anchor_captions[index],
+            "pixel_values": None if self.cacheable else self.pixel_values(index, flipped, centering),
+        }
+
+    def pixel_values(self, index: int, flipped: bool, centering: tuple[float, float]) -> Tensor:
+        """One picture resized to cover its window and cropped, at left and top for (0, 0): (3, h, w) in [-1, 1]."""
+        method = self.args.image_interpolation_mode.replace("nearest_exact", "nearest").upper()
+        image = self.fit(self.read(index), index, flipped, centering, method)
+        return VaeImageProcessor(do_resize=False).preprocess(image)[0]
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019 (as above)
+    def mask(self, index: int, flipped: bool, centering: tuple[float, float]) -> Tensor:
+        """The mask of a picture, mirrored, resized and cropped as that is: (1, h, w) in [0, 1], 1 on the subject."""
+        mask = self.fit(self.masks[index], index, flipped, centering, "BOX")
+        return torch.from_numpy(np.asarray(mask, np.float32) / 255)[None]
+
+    def fit(self, image: Image.Image, index: int, flipped: bool, centering: tuple, method: str) -> Image.Image:
+        """A picture, or its mask, mirrored if need be, resized to cover its window and cropped."""
+        image = ImageOps.mirror(image) if flipped else image
+        return ImageOps.fit(image, self.windows[index][::-1], method=Image.Resampling[method], centering=centering)
+
+    def read_masks(self) -> list[Image.Image]:
+        """For each picture the grey one of its name in `--mask_dir`, or what `--alpha_mask` sees in it; none at all
+        without these flags. Raises `UsageError` for one that is missing, left over, misshapen, black or inverted."""
+        args, folder, masks = self.args, self.args.mask_dir and Path(self.args.mask_dir), []
+        files = {path.stem: path for path in sorted(folder.iterdir())} if folder else {}
+        wrong = sorted({Path(name).stem for name in self.names[: self.count]} ^ set(files)) if folder else []
+        if wrong:
+            raise UsageError(f"--mask_dir {folder}: a mask or a photo without the other: {', '.join(wrong)}")
+        for index in range(self.count) if folder or args.alpha_mask else ():
+            source, name = self.images[index], self.names[index]
+            source = files[Path(name).stem] if folder else source
+            with explained(f"--mask_dir or --alpha_mask: the mask of {name}", SyntaxError):
+                image = ImageOps.exif_transpose(Image.open(source) if isinstance(source, Path) else source)
+                masks.append(image.convert("L") if folder else image.convert("RGBA").getchannel("A"))
+                (width, height), white = masks[-1].size, np.asarray(masks[-1]).mean() / 255
+                if (height, width) != self.sizes[index]:
+                    raise ValueError(f"it has {width} x {height} pixels, not the photo's")
+                if white == 0 or white > 0.9:
+                    raise ValueError(f"{white:.0%} of it is white, for the subject; is it inverted, or opaque?")
+        return masks
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (the pictures live as long as the run)
+    def epoch(self, number: int) -> list[list[int]]:
+        """The batches of one epoch, lists of picture indices, the same on all ranks.
+
+        An epoch deals every picture (`repeats` times) to batches of one size: pictures of one window make batches
+        together, and the last batch of a window is filled up from its first pictures, so all batches weigh the same.
+        """
+        generator, batches, size = keyed_generator(self.args.seed, "epoch", number), [], self.args.train_batch_size
+        for window in sorted(set(self.windows[: self.count])):
+            members = [i for i in range(self.count) if self.windows[i] == window] * self.args.repeats
+            shuffled = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
+            filled = itertools.cycle(shuffled)
+            batches += [list(itertools.islice(filled, size)) for _ in range(math.ceil(len(members) / size))]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+    def draws(self, rank: int, ranks: int, start: int, stop: int) -> Iterator[list[tuple[int, tuple]]]:
+        """For each micro-step of one rank the draws (index, key) of its batch; the ranks take the batches in turn."""
+        for micro_step in range(start, stop):
+            number, position = divmod(micro_step * ranks + rank, self.batches_per_epoch)
+            batch = self.epoch(number)[position]
+            yield [(index, (self.args.seed, rank, micro_step, i)) for i, index in enumerate(batch)]
+
+    def batches(self, draws: Iterator[list[tuple[int, tuple]]]) -> Iterator[list[dict]]:
+        """The items of each batch of draws. Threads, which Pillow lets run side by side, crop those of coming ones."""
+        workers, waiting = 0 if self.cacheable else self.args.dataloader_num_workers, []
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            for batch in draws:
+                waiting.append([pool.submit(self.__getitem__, draw) for draw in batch])
+                if len(waiting) > 2 * workers:
+                    yield [item.result() for item in waiting.pop(0)]
+            yield from ([item.result() for item in items] for items in waiting)
+
+
+# ---- The parts of the base, in stages: text encoders, then the VAE, then the denoiser ----
+
+
+def check_base(args: Namespace) -> None:
+    """Read the base's index, configurations and, in a local folder, headers; raise `UsageError` if they do not fit."""
+    base, revision = args.pretrained_model_name_or_path, {"revision": args.revision}
+    flag, folder = f"--pretrained_model_name_or_path {base}", Path(base)
+    if folder.is_file():
         raise UsageError(f"{flag} is a file: from_single_file and save_pretrained of diffusers make a folder of it")
-    with loading(flag):
-        index = PIPELINE_CLASS.load_config(base, revision=args.revision)
-        parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and value[0] is not None}
-    missing = [name for name in BASE_PARTS if name not in parts]
-    foreign = [name for name in FOREIGN_PARTS if name in parts]
-    if missing or foreign:
-        difference = f"without {', '.join(missing)}" if missing else f"with {', '.join(foreign)}"
-        raise UsageError(f"{flag} is a {index.get('_class_name')} {difference}: {BASE_KIND}")
-    if parts[DENOISER] != DENOISER_CLASS.__name__:
-        raise UsageError(f"{flag} has a {parts[DENOISER]} for a {DENOISER}: {BASE_KIND}")
-    return index
+    with explained(f"{flag} {'cannot be loaded' if folder.exists() else 'is no folder, and the hub has it not'}"):
+        index = PIPELINE_CLASS.load_config(base, **revision)
+        parts = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and entry[1]}
+        missing, foreign = [n for n in BASE_PARTS if n not in parts], [n for n in FOREIGN_PARTS if n in parts]
+        foreign += [parts[DENOISER]] if parts.get(DENOISER) not in (None, DENOISER_CLASS.__name__) else []
+        if missing or foreign:
+            wrong = f"with {', '.join(foreign)}" if foreign else f"without {', '.join(missing)}"
+            raise UsageError(f"{flag} is a {index.get('_class_name')} {wrong}: {BASE_KIND}")
+        for name in BASE_PARTS if folder.is_dir() else ():
+            check_folder(folder / name, args.variant)
+        reads = DENOISER_CLASS.load_config(base, subfolder=DENOISER, **revision)["in_channels"]
+    flag, source, files = vae_source(args)
+    with explained(f"{flag} {source} cannot be loaded"):
+        makes = AutoencoderKL.load_config(source, **files)["latent_channels"]
+    if reads != makes:  # inpainting, editing, a VAE of another kind of base
+        latents = f"the VAE's latents have {makes} channels and the {DENOISER} of {base} reads {reads}"
+        raise UsageError(f"{flag} {source}: {latents}; bases for inpainting or editing cannot be trained")
 
 
-# Copied from train_sap_lora_sd15.variant_of
-def variant_of(path: Path) -> str | None:
-    """The variant, such as fp16, that a file of weights has in its name; None if it has none."""
-    parts = re.sub(r"-\d+-of-\d+", "", path.stem).split(".")
-    return parts[1] if len(parts) > 1 else None
+def check_folder(folder: Path, variant: str | None) -> None:
+    """Look for the files of one part of the base; of weights only the headers are read, but whole they must be."""
+    kind, weights, wrong = folder.name.split("_")[0], sorted(folder.glob("*.safetensors")), None
+    configuration = f"{kind}_config.json" if kind in ("tokenizer", "scheduler") else "config.json"
+    stems = [re.sub(r"-\d+-of-\d+", "", path.stem) for path in weights]
+    if not (folder / configuration).is_file():
+        wrong = f"{folder / configuration} is missing; get the folder again"
+    elif configuration == "config.json" and not weights:
+        wrong = f"{folder} holds no weights in the safetensors format"
+    elif kind in (DENOISER, "vae") and not any(stem.partition(".")[2] == (variant or "") for stem in stems):
+        wrong = f"{folder} has only {weights[0].name}, see --variant"
+    if wrong:
+        raise UsageError(f"--pretrained_model_name_or_path: {wrong}")
+    for path in weights:
+        with explained(f"--pretrained_model_name_or_path: {path} is damaged, get it again"), safe_open(path, "pt"):
+            pass
 
 
-# Copied from train_sap_lora_sd15.check_files
-def check_files(args: argparse.Namespace) -> None:
-    """Look for the files of the base pipeline's parts in a local folder; of weights only the headers are read.
-
-    Raises:
-        UsageError: if one is missing, or cut short.
-    """
-    configurations = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}
-    for name in BASE_PARTS:
-        kind, part = name.split("_")[0], Path(args.pretrained_model_name_or_path) / name
-        needed, weights = configurations.get(kind, "config.json"), sorted(part.glob("*.safetensors"))
-        if not (part / needed).is_file():
-            raise UsageError(f"--pretrained_model_name_or_path: {part / needed} is missing; get the folder again")
-        if kind not in configurations and not weights:
-            raise UsageError(f"--pretrained_model_name_or_path: {part} holds no weights in the safetensors format")
-        if name in (DENOISER, "vae") and not any(variant_of(path) == args.variant for path in weights):
-            raise UsageError(f"--variant {args.variant}: {part} has no such files, only {weights[0].name}")
-        for path in weights:
-            with (
-                loading(f"--pretrained_model_name_or_path: {path} is damaged, get it again; it"),
-                safe_open(path, "pt"),
-            ):
-                pass
+def base_files(args: Namespace, accelerator: Accelerator) -> dict:
+    """How to load the frozen base: never from pickles, which could run code, and in the run's precision. What trains
+    is float32, and so is the VAE: some overflow in half precision."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    return {"revision": args.revision, "variant": args.variant, "use_safetensors": True, "dtype": dtype}
 
 
-# Copied from train_sap_lora_sd15.check_latents
-def check_latents(args: argparse.Namespace, flag: str, vae_config: dict) -> None:
-    """Raise `UsageError` if the denoiser reads something else than the VAE's latents, as those for inpainting do."""
-    base, makes = args.pretrained_model_name_or_path, vae_config["latent_channels"]
-    reads = DENOISER_CLASS.load_config(base, subfolder=DENOISER, revision=args.revision)["in_channels"]
-    if reads != makes:
-        raise UsageError(
-            f"{flag}: the VAE's latents have {makes} channels and the {DENOISER} reads {reads}; "
-            "models for inpainting or editing, and VAEs of another kind of base, cannot be used"
-        )
+def vae_source(args: Namespace) -> tuple[str, str, dict]:
+    """The flag that names the VAE, its folder or repository, and which of the files there are meant."""
+    files = {"subfolder": "vae", "revision": args.revision, "variant": args.variant}
+    return "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, files
 
 
-# Copied from train_sap_lora_sd15.check_pipeline
-@loading("--pretrained_model_name_or_path")
-def check_pipeline(args: argparse.Namespace) -> None:
-    """Read the base pipeline's index, configurations and headers; raise `UsageError` if they do not fit."""
-    base = args.pretrained_model_name_or_path
-    read_index(args)
-    if Path(base).is_dir():
-        check_files(args)
-    vae_config = AutoencoderKL.load_config(base, subfolder="vae", revision=args.revision)
-    check_latents(args, f"--pretrained_model_name_or_path {base}", vae_config)
+def load_part(kind: type, flag: str, source: str, **files) -> nn.Module:
+    """A frozen model of the base; raises `UsageError` if weights are missing: the library would make them up."""
+    with explained(f"{flag} {source} cannot be loaded", RuntimeError):
+        model, info = kind.from_pretrained(source, **files, output_loading_info=True)
+    wrong = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
+    if wrong:
+        lacks = f"{kind.__name__} lacks {len(wrong)} weights, such as {wrong[0]}"
+        raise UsageError(f"{flag} {source}: {lacks}; get it again")
+    return model.requires_grad_(False)
 
 
-class TextPipeline(StableDiffusion3Pipeline):
+class TextPipeline(PIPELINE_CLASS):
     """The base pipeline's text side, in which T5 is replaced by what it said of every prompt of the run.
 
     `encode_prompt` joins that with the live CLIP embeddings exactly as it does with T5 itself.
@@ -1134,8 +1043,7 @@ class TextPipeline(StableDiffusion3Pipeline):
         """Encode all prompts with T5, then let it go; a base without T5 gets the zeros that diffusers gives it."""
         # Without T5 the base class asks its transformer, which is not here, for the width of those zeros.
         config = types.SimpleNamespace(joint_attention_dim=joint_attention_dim)
-        self.transformer = types.SimpleNamespace(config=config)
-        self.t5_embeddings = {}
+        self.transformer, self.t5_embeddings = types.SimpleNamespace(config=config), {}
         for prompt in tqdm(sorted(prompts), desc="Encoding prompts with T5", leave=False):
             embeddings = super()._get_t5_prompt_embeds(prompt, max_sequence_length=max_sequence_length)
             self.t5_embeddings[prompt] = embeddings.cpu()
@@ -1143,220 +1051,142 @@ class TextPipeline(StableDiffusion3Pipeline):
 
     def _get_t5_prompt_embeds(self, prompt, num_images_per_prompt=1, max_sequence_length=256, device=None, dtype=None):
         """Look up B prompts: (B, `max_sequence_length` of `remember_t5`, joint_attention_dim)."""
-        return torch.cat([self.t5_embeddings[one] for one in prompt]).to(device)
+        return to_device(torch.cat([self.t5_embeddings[one] for one in prompt]), torch.device(device))
 
 
-@loading("--pretrained_model_name_or_path")
-def load_text_pipeline(run: Run) -> PIPELINE_CLASS:
-    """The base pipeline without denoiser and VAE: tokenizers, CLIPs, `encode_prompt` and the scheduler.
+def load_text_pipeline(args: Namespace, accelerator: Accelerator, images: SubjectImages) -> PIPELINE_CLASS:
+    """The base without denoiser and VAE: tokenizers, CLIPs, `encode_prompt` and the scheduler; T5 has come and gone.
 
-    T5 has come and gone when it returns.
-
-    Raises:
-        UsageError: if `--lora_blocks` names a block that the base does not have.
+    Raises `UsageError` if the base has not the blocks of `--lora_blocks`, or knows smaller pictures only.
     """
-    args, parts, images = run.args, UNUSED_PARTS | absent_parts(run.args), run.images
-    config = transformer_config(args)
-    last = config["num_layers"] - 1
+    base, files, config = args.pretrained_model_name_or_path, base_files(args, accelerator), transformer_config(args)
+    last, edge = config["num_layers"] - 1, config["pos_embed_max_size"] * LATENT_STRIDE
     if args.lora_blocks is not None and any(int(block) > last for block in args.lora_blocks.split(",")):
         raise UsageError(f"--lora_blocks {args.lora_blocks}: the base has the blocks 0 to {last}")
-    edge = config["pos_embed_max_size"] * LATENT_STRIDE
     if max(max(window) for window in images.windows) > edge:
         raise UsageError(f"--resolution and --aspect_ratio_buckets: the base knows edges of {edge} pixels at most")
-    pipeline = TextPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, transformer=None, vae=None, **parts, **hub_files(args), dtype=run.dtype
-    )
-    if not args.offload:
-        pipeline.to(run.device)
-    prompts = {"", *images.captions, *images.anchor_captions, args.validation_prompt, args.final_validation_prompt}
+    kinds, parts = PIPELINE_CLASS.load_config(base, revision=args.revision), {DENOISER: None, "vae": None}
+    parts |= dict.fromkeys(absent_parts(args))
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        if name not in parts:
+            kind = getattr(transformers, kinds[name][1])
+            parts[name] = load_part(kind, "--pretrained_model_name_or_path", base, subfolder=name, **files)
+    with explained(f"--pretrained_model_name_or_path {base} cannot be loaded"):
+        pipeline = TextPipeline.from_pretrained(base, **parts, **UNUSED_PARTS, **files)
+    del parts  # or T5 would live on
+    pipeline.to("cpu" if args.offload else accelerator.device)
+    prompts = {"", *images.captions, *images.anchor_captions, *args.validation_prompts, args.final_validation_prompt}
     pipeline.remember_t5(prompts - {None}, args.max_sequence_length, config["joint_attention_dim"])
-    return pipeline.to(text_device(run))
+    return pipeline.to("cpu" if args.offload and not args.train_text_encoder else accelerator.device)
 
 
-def transformer_config(args: argparse.Namespace) -> dict:
-    """The configuration of the base pipeline's transformer, without its weights."""
+def transformer_config(args: Namespace) -> dict:
+    """The configuration of the base's transformer, without its weights."""
     return DENOISER_CLASS.load_config(args.pretrained_model_name_or_path, subfolder=DENOISER, revision=args.revision)
 
 
-def encode_prompts(pipeline: PIPELINE_CLASS, prompts: list[str], device: torch.device) -> dict[str, torch.Tensor]:
+def absent_parts(args: Namespace) -> list[str]:
+    """The parts that `from_pretrained` has to be told are not there: T5, if it is left out or missing."""
+    index = PIPELINE_CLASS.load_config(args.pretrained_model_name_or_path, revision=args.revision)
+    missing = index.get("text_encoder_3", [None, None])[0] is None
+    return ["text_encoder_3", "tokenizer_3"] if args.without_t5 or missing else []
+
+
+def encode_prompts(pipeline: PIPELINE_CLASS, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
     """The denoiser's conditioning (B, ...) on B prompts; gradients reach text encoders that train."""
-    prompt_embeds, _, pooled_prompt_embeds, _ = pipeline.encode_prompt(
-        prompts, None, None, device, do_classifier_free_guidance=False
-    )
-    return {"encoder_hidden_states": prompt_embeds, "pooled_projections": pooled_prompt_embeds}
+    embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, device, do_classifier_free_guidance=False)
+    return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
 
-def encode_for_sampling(pipeline: PIPELINE_CLASS, prompt: str, device: torch.device) -> dict[str, torch.Tensor]:
+def encode_for_sampling(pipeline: PIPELINE_CLASS, prompt: str) -> dict[str, Tensor]:
     """What the pipeline's call takes in place of a prompt, for pictures with classifier-free guidance."""
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return dict(zip(names, pipeline.encode_prompt(prompt, None, None, device), strict=True))
+    return dict(zip(names, pipeline.encode_prompt(prompt, None, None, pipeline.device), strict=True))
 
 
-def denoise(
-    model: torch.nn.Module, model_input: torch.Tensor, timesteps: torch.Tensor, conditioning: dict[str, torch.Tensor]
-) -> torch.Tensor:
+def denoise(model: nn.Module, model_input: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
     """The denoiser's raw prediction, shaped as `model_input` (B, C, h, w), in the dtype of its weights."""
     dtype = conditioning["encoder_hidden_states"].dtype
     return model(model_input.to(dtype), timestep=timesteps, **conditioning, return_dict=False)[0]
 
 
-def training_scheduler(pipeline: PIPELINE_CLASS) -> FlowMatchEulerDiscreteScheduler:
-    """The flow of the base pipeline, as a table of its training timesteps and sigmas.
-
-    Raises:
-        UsageError: if the base is no flow.
-    """
-    if "shift" not in pipeline.scheduler.config:
-        raise UsageError(
-            "--pretrained_model_name_or_path: its scheduler is a "
-            f"{type(pipeline.scheduler).__name__}; only flow matching can be trained"
-        )
-    return FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+def training_scheduler(args: Namespace) -> diffusers.FlowMatchEulerDiscreteScheduler:
+    """The flow of the base, as a table of its training timesteps and sigmas; raises `UsageError` if it is no flow."""
+    base, files = args.pretrained_model_name_or_path, {"subfolder": "scheduler", "revision": args.revision}
+    config = diffusers.FlowMatchEulerDiscreteScheduler.load_config(base, **files)
+    if "shift" not in config:
+        kind = config["_class_name"]
+        raise UsageError(f"--pretrained_model_name_or_path {base}: its scheduler is a {kind}, not of flow matching")
+    return diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
 
 
-# Copied from train_sap_lora_sd15.hub_files
-def hub_files(args: argparse.Namespace) -> dict[str, str | bool | None]:
-    """Which files of the base pipeline's repository to load; never a pickle, which could run code."""
-    return {"revision": args.revision, "variant": args.variant, "use_safetensors": True}
+def scale_latents(latents: Tensor, vae: AutoencoderKL, inverse: bool = False) -> Tensor:
+    """Latents as the VAE samples them, brought to the scale the denoiser was trained on, or back."""
+    shift, scale = vae.config.shift_factor, vae.config.scaling_factor
+    return latents / scale + shift if inverse else (latents - shift) * scale
 
 
-# Copied from train_sap_lora_sd15.load_vae
-@loading("--pretrained_model_name_or_path")
-def load_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKL:
-    """The VAE in float32, whatever the run's precision: half precision overflows in some."""
-    vae = AutoencoderKL.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="vae", **hub_files(args), dtype=torch.float32
-    )
-    return vae.requires_grad_(False).to(device)
-
-
-def scale_latents(latents: torch.Tensor, vae_config: dict) -> torch.Tensor:
-    """Latents as the VAE samples them, brought to the scale the denoiser was trained on."""
-    return (latents - vae_config["shift_factor"]) * vae_config["scaling_factor"]
-
-
-def unscale_latents(latents: torch.Tensor, vae_config: dict) -> torch.Tensor:
-    """The inverse of `scale_latents`."""
-    return latents / vae_config["scaling_factor"] + vae_config["shift_factor"]
-
-
-# Copied from train_sap_lora_sd15.encode_texts
 @torch.no_grad()
-def encode_texts(run: Run) -> None:
-    """First stage: encode every prompt with the text encoders as they are, then let them go if they will not train."""
-    args, pipeline = run.args, load_text_pipeline(run)
-    run.scheduler = training_scheduler(pipeline)
-    prompts = set(run.images.anchor_captions) if args.anchor_weight > 0 else set()
-    prompts |= set() if args.train_text_encoder else set(run.images.captions)
+def encode_texts(args: Namespace, pipeline: PIPELINE_CLASS, images: SubjectImages) -> list[dict]:
+    """First stage: what the text encoders, as they are, make of every prompt, for training and for sampling."""
+    prompts = set(images.anchor_captions) if args.anchor_weight > 0 else set()
+    prompts |= set() if args.train_text_encoder else set(images.captions)
     prompts |= {""} if args.caption_dropout > 0 else set()
-    for prompt in tqdm(sorted(prompts), desc="Encoding prompts", leave=False):
-        conditioning = encode_prompts(pipeline, [prompt], pipeline.device)
-        run.embeddings[prompt] = {name: tensor.cpu() for name, tensor in conditioning.items()}
-    for prompt in {args.validation_prompt, args.final_validation_prompt} - {None}:
-        inputs = encode_for_sampling(pipeline, prompt, pipeline.device)
-        run.sampling_inputs[prompt] = {name: tensor.to(run.device) for name, tensor in inputs.items()}
-    run.text_pipeline = pipeline if args.train_text_encoder else None
+    progress = tqdm(sorted(prompts), desc="Encoding prompts", leave=False)
+    embeddings = {prompt: encode_prompts(pipeline, [prompt], pipeline.device) for prompt in progress}
+    shown = {*args.validation_prompts, args.final_validation_prompt} - {None}
+    sampling_inputs = {prompt: encode_for_sampling(pipeline, prompt) for prompt in shown}
+    return [{prompt: {k: one.cpu() for k, one in found.items()} for prompt, found in cache.items()}
+            for cache in (embeddings, sampling_inputs)]  # fmt: skip
 
 
-# Copied from train_sap_lora_sd15.text_device
-def text_device(run: Run) -> torch.device:
-    """Where the text encoders read prompts: with `--offload` on the CPU, unless they train."""
-    return torch.device("cpu") if run.args.offload and not run.args.train_text_encoder else run.device
+@torch.no_grad()
+def encode_images(args: Namespace, device: torch.device, images: SubjectImages) -> tuple[AutoencoderKL, dict]:
+    """Second stage: the VAE and the posterior of every picture (and mirror image); none where crops are drawn anew."""
+    flag, source, files = vae_source(args)
+    vae = load_part(AutoencoderKL, flag, source, **files, use_safetensors=True, dtype=torch.float32).to(device)
+    posteriors, flips = {}, (False, True) if args.random_flip else (False,)
+    for index in tqdm(range(len(images)) if images.cacheable else (), desc="Encoding pictures", leave=False):
+        for flipped in flips:
+            pixel_values = images.pixel_values(index, flipped, images.fixed_centering[index])
+            posteriors[index, flipped] = vae.encode(pixel_values[None].to(device)).latent_dist.parameters.cpu()
+            if not posteriors[index, flipped].isfinite().all():
+                raise UsageError(f"{flag}: its VAE makes numbers of {images.names[index]} that are not finite")
+    return vae.to("cpu") if images.cacheable or args.offload else vae, posteriors
 
 
-# Copied from train_sap_lora_sd15.place_caches
-def place_caches(run: Run) -> None:
-    """Bring what micro-steps look up to the device, unless it is more than `CACHE_LIMIT` or `--offload` is given."""
-    tensors = [*run.posteriors.values(), *(one for found in run.embeddings.values() for one in found.values())]
-    if run.args.offload or sum(tensor.nbytes for tensor in tensors) > CACHE_LIMIT:
-        return
-    run.posteriors = {key: tensor.to(run.device) for key, tensor in run.posteriors.items()}
-    run.embeddings = {
-        prompt: {name: tensor.to(run.device) for name, tensor in found.items()}
-        for prompt, found in run.embeddings.items()
-    }
-
-
-# Copied from train_sap_lora_sd15.vae_at_work
 @contextlib.contextmanager
 def vae_at_work(run: Run) -> Iterator[AutoencoderKL]:
-    """The VAE on the device: the run's own, which `--offload` rests on the CPU afterwards, or one loaded for this."""
-    yield load_vae(run.args, run.device) if run.vae is None else run.vae.to(run.device)
-    if run.vae is not None and run.args.offload:
+    """The VAE on the device; afterwards it rests on the CPU, unless each micro-step needs it."""
+    yield run.vae.to(run.device)
+    if run.images.cacheable or run.args.offload:
         run.vae.to("cpu")
 
 
-# Copied from train_sap_lora_sd15.encode_images
-@torch.no_grad()
-def encode_images(run: Run) -> None:
-    """Second stage: encode every picture (and its mirror image) to its posterior, then let the VAE go.
-
-    Where crops are drawn anew at each step the VAE stays instead, and encodes them then.
-    """
-    vae = load_vae(run.args, run.device)
-    run.vae_config = dict(vae.config)
-    if not run.images.cacheable:
-        run.vae = vae.to("cpu") if run.args.offload else vae
-        place_caches(run)
-        return
-    flips = (False, True) if run.args.random_flip else (False,)
-    for index in tqdm(range(len(run.images)), desc="Encoding pictures", leave=False):
-        for flipped in flips:
-            pixel_values = run.images.pixel_values(index, flipped, run.images.fixed_centering[index])
-            posterior = vae.encode(pixel_values[None].to(run.device)).latent_dist
-            if not posterior.parameters.isfinite().all():
-                name = picture_name(run.images.images, index)
-                raise UsageError(
-                    f"--pretrained_model_name_or_path: its VAE makes numbers of {name} that are not finite"
-                )
-            run.posteriors[index, flipped] = posterior.parameters.cpu()
-    place_caches(run)
-
-
-# Copied from train_sap_lora_sd15.load_denoiser
-@loading("--pretrained_model_name_or_path")
-def load_denoiser(run: Run) -> None:
+def load_denoiser(args: Namespace, accelerator: Accelerator, images: SubjectImages) -> nn.Module:
     """Third stage: the frozen denoiser, in the run's precision."""
-    args, config = run.args, quantization_config(run.args, run.dtype)
-    placed = {} if config is None else {"quantization_config": config, "device_map": {"": run.device}}
-    run.denoiser = DENOISER_CLASS.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder=DENOISER, **hub_files(args), dtype=run.dtype, **placed
-    )
-    if config is None:  # quantised weights are quantised on the device, and stay there
-        run.denoiser.to(run.device)
+    files, device = base_files(args, accelerator), accelerator.device
+    config = quantization_config(args, files["dtype"])
+    if config is not None:  # quantised weights are quantised on the device, and stay there
+        files |= {"quantization_config": config, "device_map": {"": device}}
+    source = ("--pretrained_model_name_or_path", args.pretrained_model_name_or_path)
+    denoiser = load_part(DENOISER_CLASS, *source, subfolder=DENOISER, **files)
+    denoiser = denoiser.to(device) if config is None else denoiser
     if args.enable_xformers_memory_efficient_attention:
-        run.denoiser.enable_xformers_memory_efficient_attention()
+        denoiser.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
-        run.denoiser.enable_gradient_checkpointing()
-    compile_blocks(run)
+        denoiser.enable_gradient_checkpointing()
+    launcher = TorchDynamoPlugin().to_kwargs()  # of `accelerate launch --dynamo_backend`, which asks for it too
+    for block in denoiser.modules() if args.compile or launcher else ():
+        # Student, anchors and validation times the widths of a UNet: more graphs than dynamo makes of one function.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        if type(block).__name__ == REPEATED_BLOCK:
+            block.compile(**{"dynamic": len(set(images.windows)) > 1} | launcher)
+    return denoiser
 
 
-# Copied from train_sap_lora_sd15.compile_blocks
-def compile_blocks(run: Run) -> None:
-    """Compile the denoiser's transformer blocks at their first call, if `--compile` asks for it.
-
-    Blocks that are alike share a graph, and no name changes. `accelerate launch --dynamo_backend` asks for it too and
-    can name another backend than inductor; accelerate itself would compile the student and leave the anchors out.
-    """
-    plugin = TorchDynamoPlugin()  # of the launcher
-    options = plugin.to_kwargs() if plugin.backend != DynamoBackend.NO else {"backend": "inductor"}
-    if not run.args.compile and plugin.backend == DynamoBackend.NO:
-        return
-    # Student, anchors and validation times the widths of a UNet: more graphs than dynamo makes of one function.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    options = {"dynamic": len(set(run.images.windows)) > 1} | options
-    for block in run.denoiser.modules():
-        if type(block).__name__ in COMPILED_BLOCKS:
-            block.compile(**options)
-
-
-# ---- LoRA ----
-
-
-def lora_targets(args: argparse.Namespace, name: str) -> list[str] | str:
-    """Endings of the layers that get a LoRA in the pipeline's module `name`, or a pattern if blocks are chosen."""
-    if name != DENOISER:
-        return TEXT_ENCODER_TARGETS
+def lora_targets(args: Namespace) -> list[str] | str:
+    """Endings of the denoiser's layers that get a LoRA, or a pattern if blocks are chosen."""
     layers = [layer.strip() for layer in args.lora_layers.split(",")] if args.lora_layers else DENOISER_TARGETS
     if args.lora_blocks is None:
         return layers
@@ -1364,921 +1194,420 @@ def lora_targets(args: argparse.Namespace, name: str) -> list[str] | str:
     return rf"transformer_blocks\.({blocks})\.(.+\.)?({'|'.join(re.escape(layer) for layer in layers)})"
 
 
-# Copied from train_sap_lora_sd15.add_adapters
-def add_adapters(run: Run) -> None:
-    """Freeze the base and add LoRA layers, always in float32: half precision loses small updates.
-
-    Raises:
-        UsageError: if `--lora_layers` names no layer.
-    """
-    args = run.args
+def add_adapters(args: Namespace, modules: dict[str, nn.Module]) -> None:
+    """Add LoRA layers to the modules of these names, always in float32: half precision loses small updates."""
     torch.manual_seed(args.seed)  # a LoRA starts at random: at the same place on all ranks
-    for name, module in run.adapted().items():
+    for name, module in modules.items():
         config = LoraConfig(
             r=args.rank,
             lora_alpha=args.lora_alpha or args.rank,
             lora_dropout=args.lora_dropout,
             use_dora=args.use_dora,
             init_lora_weights="gaussian",
-            target_modules=lora_targets(args, name),
+            target_modules=lora_targets(args) if name == DENOISER else TEXT_ENCODER_TARGETS,
         )
-        module.requires_grad_(False)
-        try:
+        with explained("--lora_layers"):
             module.add_adapter(config)
-        except ValueError as error:
-            raise UsageError(f"--lora_layers: {error}") from error
         cast_training_params(module, torch.float32)
         module.train()
 
 
-# Copied from train_sap_lora_sd15.lora_layers
-def lora_layers(run: Run) -> dict[str, dict[str, torch.Tensor]]:
-    """The LoRA of each adapted module as peft names it, in float32 on the CPU.
+def load_init_lora(args: Namespace, modules: dict[str, nn.Module]) -> None:
+    """Start from the LoRA of `--init_lora`, of the same layers and rank, in any form that diffusers reads."""
+    parts = dict.fromkeys(inspect.signature(PIPELINE_CLASS).parameters) | UNUSED_PARTS | modules
+    errors = (RuntimeError, TypeError, AttributeError)
+    with explained(f"--init_lora {args.init_lora}: its rank and layers must be those of this run", *errors):
+        pipeline = PIPELINE_CLASS(**parts)
+        pipeline.load_lora_weights(args.init_lora, adapter_name="init")
+        for module in modules.values():
+            for layer in adapter_layers(module):
+                for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
+                    scale = layer.scaling["init"] / layer.scaling["default"] if name == "lora_B" else 1
+                    for weights in [getattr(layer, name)] if len(getattr(layer, name)) else []:
+                        weights["default"].weight.data.copy_(weights["init"].weight * scale)
+            module.set_adapter("default")
+        pipeline.delete_adapters("init")
+
+
+def prepare(args: Namespace, accelerator: Accelerator, images: SubjectImages, **more) -> Run:
+    """Go through the stages, each of which lets go of what the next one does not need before that loads anything."""
+    pipeline = load_text_pipeline(args, accelerator, images)
+    embeddings, sampling_inputs = encode_texts(args, pipeline, images)
+    pipeline = pipeline if args.train_text_encoder else None
+    for name in (name for name in BASE_PARTS if name.startswith("tokenizer") and pipeline is not None):
+        setattr(pipeline, name, Tokens(getattr(pipeline, name), accelerator.device))
+    free_memory()
+    vae, posteriors = encode_images(args, accelerator.device, images)
+    free_memory()
+    denoiser = load_denoiser(args, accelerator, images)
+    encoders = TRAINABLE_TEXT_ENCODERS if args.train_text_encoder else ()
+    modules = {DENOISER: denoiser} | {name: getattr(pipeline, name) for name in encoders}
+    add_adapters(args, modules)
+    if args.init_lora is not None:
+        load_init_lora(args, modules)
+    student = Student(denoiser, pipeline)
+    return Run(args, accelerator, images, embeddings, sampling_inputs, vae, posteriors, student, **more)
+
+
+# ---- Files: the LoRA, checkpoints, and what makes two runs the same ----
+
+
+@contextlib.contextmanager
+def replacing(final: Path) -> Iterator[Path]:
+    """Where to write a file or folder that then takes the place of `final`; raises `RunError` if the disk refuses.
+
+    Until it is whole and on the disk, what was there stays, under one name or another.
+    """
+    partial, older = (final.with_name(f".{final.name}.{ending}") for ending in ("partial", "old"))
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed during the run
+        tidy(final)
+        yield partial
+        for path in (*partial.glob("*"), partial):
+            flush(path)
+        if final.is_dir():
+            os.replace(final, older)
+        os.replace(partial, final)
+        flush(final.parent)
+    except OSError as error:
+        folder = next(path for path in final.parents if not path.name.startswith("."))
+        kept = ", ".join(path.name for path in list_checkpoints(folder)) or "none"
+        reason = f"{str(error).splitlines()[0]}: free some space, or copy the folder to another disk"
+        raise RunError(f"{final} cannot be written, {reason}; checkpoints that are whole: {kept}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            tidy(final)
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file, or the names in a folder: else a rename may outlive a power cut that the content
+    does not."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # not every network file system can
+            os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def tidy(final: Path) -> None:
+    """Leave nothing beside `final` of a write that was cut short, and in its place the older one if need be."""
+    partial, older = (final.with_name(f".{final.name}.{ending}") for ending in ("partial", "old"))
+    if older.exists() and not final.exists():
+        os.replace(older, final)
+    for path in (partial, older):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def lora_layers(run: Run) -> dict[str, dict[str, Tensor]]:
+    """The LoRA of each adapted module as peft names it, in float32 on the CPU; only if all of it is finite.
 
     Text encoders' keys get the `text_model.` that transformers 5.6 dropped: other programs look for it.
     """
     layers = {}
-    for name, module in run.adapted().items():
+    for name, module in run.student.adapted.items():
         state = get_peft_model_state_dict(module, save_embedding_layers=False)
-        prefix = "text_model." if name in TRAINABLE_TEXT_ENCODERS and not hasattr(module, "text_model") else ""
+        prefix = "text_model." if name != DENOISER and not hasattr(module, "text_model") else ""
         layers[name] = {prefix + key: tensor.detach().float().cpu().contiguous() for key, tensor in state.items()}
+        if not all(tensor.isfinite().all() for tensor in layers[name].values()):
+            raise not_finite(run, f"the LoRA of {name} is no longer finite")
     return layers
 
 
-def to_file_keys(name: str, layers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Keys as upstream's files have them: `lora_A` and `lora_B`; `lora_linear_layer` in text encoders."""
-    if name == DENOISER:
-        return layers
-    layers = convert_state_dict_to_diffusers(layers)  # but transformers names DoRA's magnitudes otherwise
-    return {key.replace(DORA_KEY, f"{DORA_KEY}.weight"): tensor for key, tensor in layers.items()}
+def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a file whose bytes follow from its content: the library writes metadata in a random order.
 
-
-# Copied from train_sap_lora_sd15.writing
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Inside, the output folder is written.
-
-    Raises:
-        OutputError: if that fails, for a full disk for instance.
+    Its hash is the one of sd-scripts, A1111 and ModelSpec: SHA-256 of all that follows the header.
     """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError is torch.save's
-        reason = str(error).splitlines()[0]
-        raise OutputError(
-            f"{folder} cannot be written ({reason}): free some space, or copy the folder to another disk; earlier "
-            "checkpoints and files in it are whole, and --resume_from_checkpoint latest goes on from there"
-        ) from error
+    data = memoryview(safetensors.torch.save(tensors))
+    start = 8 + int.from_bytes(data[:8], "little")
+    digest = hashlib.sha256(data[start:]).hexdigest()
+    metadata = metadata | {"format": "pt", "sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
+    header = {"__metadata__": dict(sorted(metadata.items()))} | json.loads(bytes(data[8:start]))
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of eight
+    with path.open("wb") as file:
+        file.writelines([len(text).to_bytes(8, "little"), text, data[start:]])
 
 
-# Copied from train_sap_lora_sd15.replacing
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to inside, which then takes the place of `path`: until it is whole and on the disk, an older
-    file stays."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with writing(path.parent):
-            yield partial
-            flush_to_disk(partial)
-            os.replace(partial, path)
-            flush_to_disk(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-# Copied from train_sap_lora_sd15.write_lora
 def write_lora(run: Run, folder: Path) -> None:
-    """Write the LoRA for `load_lora_weights`; an older file stays whole until the new one is complete."""
-    args, arguments = run.args, {}
-    check_finite(run)
+    """Write the LoRA for `load_lora_weights`, with one style for all keys: diffusers decides by the first of them.
+
+    The scale alpha / rank is in `lora_B`: most programs that read this file know no alpha but the rank.
+    """
+    args, tensors, metadata = run.args, {}, {}
     for name, layers in lora_layers(run).items():
-        arguments[f"{name}_lora_layers"] = to_file_keys(name, layers)
-        # Every other field of LoraConfig breaks some older peft; without these alpha would be lost.
-        metadata = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank}
-        metadata |= {"target_modules": lora_targets(args, name)} | ({"use_dora": True} if args.use_dora else {})
-        arguments[f"{name}_lora_adapter_metadata"] = metadata
+        for key, tensor in layers.items():
+            scale = (args.lora_alpha or args.rank) / args.rank if ".lora_B." in key else 1
+            tensors[f"{name}.{re.sub('_vector$', '_vector.weight', key)}"] = tensor * scale
+        # Every other field of LoraConfig breaks some older peft.
+        settings = {"r": args.rank, "lora_alpha": args.rank} | ({"use_dora": True} if args.use_dora else {})
+        settings["target_modules"] = lora_targets(args) if name == DENOISER else TEXT_ENCODER_TARGETS
+        metadata |= {f"{name}.{key}": setting for key, setting in settings.items()}
     with replacing(folder / LORA_FILE) as partial:
-        PIPELINE_CLASS.save_lora_weights(folder, **arguments, weight_name=partial.name)
-
-
-# Copied from train_sap_lora_sd15.read_lora
-def read_lora(run: Run, folder: Path) -> None:
-    """Load a checkpoint's LoRA into the adapters.
-
-    Raises:
-        UsageError: if its tensors are not exactly those that train in this run.
-    """
-    stored = load_file(folder / LORA_FILE)
-    for name, module in run.adapted().items():
-        layers = {key.removeprefix(f"{name}."): tensor for key, tensor in stored.items() if key.startswith(f"{name}.")}
-        stored = {key: tensor for key, tensor in stored.items() if not key.startswith(f"{name}.")}
-        if name == DENOISER:
-            layers = convert_unet_state_dict_to_peft(layers)
-        elif layers:
-            layers = {key.replace(f"{DORA_KEY}.weight", DORA_KEY): tensor for key, tensor in layers.items()}
-            layers = convert_state_dict_to_peft(layers)
-            if not hasattr(module, "text_model"):
-                layers = {key.removeprefix("text_model."): tensor for key, tensor in layers.items()}
-        expected = get_peft_model_state_dict(module, save_embedding_layers=False)
-        if {key: layers[key].shape for key in layers} != {key: expected[key].shape for key in expected}:
-            raise UsageError(f"--resume_from_checkpoint {folder}: its LoRA of {name} has other layers or another rank")
-        set_peft_model_state_dict(module, layers)
-    if stored:
-        raise UsageError(f"--resume_from_checkpoint {folder}: this run does not train {', '.join(sorted(stored)[:3])}")
-
-
-# ---- Micro-steps ----
-
-
-@dataclasses.dataclass
-class MicroStep:
-    """One batch of B samples, drawn and noised, everything in float32 on the device."""
-
-    index: int
-    prompts: list[str]
-    model_input: torch.Tensor  # (B, C, h, w), the noisy latents
-    timesteps: torch.Tensor  # (B,)
-    target: torch.Tensor  # (B, C, h, w)
-    skip: torch.Tensor  # (B, 1, 1, 1), as `scale` and the weights: target = skip * model_input + scale * prediction
-    scale: torch.Tensor
-    sample_weights: torch.Tensor
-    conditioning: dict[str, torch.Tensor]  # on the subject prompts; without embeddings if text encoders train
-    anchor_conditioning: dict[str, torch.Tensor]  # on the class prompts; empty without anchor
-
-
-# Copied from train_sap_lora_sd15.Student
-class Student(torch.nn.Module):
-    """The model in training: the denoiser, with the text encoders if they train too.
-
-    As one module it is prepared, synchronised by DDP and accumulated once, whatever trains.
-    """
-
-    def __init__(self, denoiser: torch.nn.Module, text_pipeline: PIPELINE_CLASS | None = None):
-        super().__init__()
-        self.denoiser = denoiser
-        self.text_pipeline = text_pipeline
-        if text_pipeline is not None:
-            self.text_encoders = torch.nn.ModuleList(getattr(text_pipeline, name) for name in TRAINABLE_TEXT_ENCODERS)
-
-    def forward(
-        self,
-        model_input: torch.Tensor,
-        timesteps: torch.Tensor,
-        conditioning: dict[str, torch.Tensor],
-        prompts: list[str],
-    ) -> torch.Tensor:
-        """The raw prediction (B, C, h, w) for the subject's B prompts."""
-        if self.text_pipeline is not None:
-            conditioning = conditioning | encode_prompts(self.text_pipeline, prompts, model_input.device)
-        return denoise(self.denoiser, model_input, timesteps, conditioning)
-
-
-# Copied from train_sap_lora_sd15.draw_latents
-def draw_latents(run: Run, items: list[dict], generator: torch.Generator) -> torch.Tensor:
-    """Sample the posterior of each item anew: scaled latents (B, C, h, w) in float32."""
-    if run.vae is None:
-        parameters = torch.cat([run.posteriors[item["index"], item["flipped"]] for item in items])
-        posterior = DiagonalGaussianDistribution(parameters.to(run.device, non_blocking=True))
-    else:
-        pixel_values = torch.stack([item["pixel_values"] for item in items])
-        with torch.no_grad(), vae_at_work(run) as vae:
-            posterior = vae.encode(pixel_values.to(run.device)).latent_dist
-    latents = posterior.mean + posterior.std * draw_noise(run, posterior.mean.shape, generator)
-    return scale_latents(latents, run.vae_config)
-
-
-# Copied from train_sap_lora_sd15.draw_noise
-def draw_noise(run: Run, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Standard normal numbers from a CPU generator, on the device, without waiting for what it still computes."""
-    return torch.randn(shape, generator=generator).to(run.device, non_blocking=True)
-
-
-# Copied from train_sap_lora_sd15.look_up_embeddings
-def look_up_embeddings(run: Run, prompts: list[str]) -> dict[str, torch.Tensor]:
-    """The conditioning (B, ...) on B prompts from those encoded beforehand, each sample with its own."""
-    found = [run.embeddings[prompt] for prompt in prompts]
-    return {name: torch.cat([one[name] for one in found]).to(run.device, non_blocking=True) for name in found[0]}
-
-
-def draw_sigmas(run: Run, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Timesteps (count,) and sigmas (count, 1, 1, 1) by `--weighting_scheme`, from the scheduler's table."""
-    args, scheduler = run.args, run.scheduler
-    density = compute_density_for_timestep_sampling(
-        args.weighting_scheme, count, args.logit_mean, args.logit_std, args.mode_scale, generator=generator
-    )
-    size = len(scheduler.timesteps)
-    indices = (density * size).long().clamp(0, size - 1)  # the mode scheme reaches 1 and can leave [0, 1]
-    sigmas = scheduler.sigmas[indices].float()[:, None, None, None]
-    timesteps = scheduler.timesteps[indices]
-    return timesteps.to(run.device, non_blocking=True), sigmas.to(run.device, non_blocking=True)
-
-
-def draw_micro_step(run: Run, index: int, items: list[dict]) -> MicroStep:
-    """Draw latents, noise and timesteps of one batch. They depend on (seed, rank, index) and the pictures alone."""
-    args = run.args
-    generator = keyed_generator(args.seed, run.accelerator.process_index, index)
-    latents = draw_latents(run, items, generator)
-    noise = draw_noise(run, latents.shape, generator)
-    timesteps, sigmas = draw_sigmas(run, len(items), generator)
-    to_latents = bool(args.precondition_outputs)
-    prompts = [item["prompt"] for item in items]
-    anchor_prompts = [item["anchor_prompt"] for item in items]
-    return MicroStep(
-        index=index,
-        prompts=prompts,
-        model_input=(1 - sigmas) * latents + sigmas * noise,
-        timesteps=timesteps,
-        target=latents if to_latents else noise - latents,
-        skip=torch.full_like(sigmas, to_latents),
-        scale=-sigmas if to_latents else torch.ones_like(sigmas),
-        sample_weights=flow_weights(args.weighting_scheme, sigmas),
-        conditioning={} if args.train_text_encoder else look_up_embeddings(run, prompts),
-        anchor_conditioning=look_up_embeddings(run, anchor_prompts) if args.anchor_weight > 0 else {},
-    )
-
-
-def to_target_space(prediction: torch.Tensor, step: MicroStep) -> torch.Tensor:
-    """The one map of raw predictions, of student and anchor, to what the target is: latents, or the velocity itself.
-
-    In float32: at small sigmas half precision would bury the difference of the two.
-    """
-    return step.skip * step.model_input + step.scale * prediction.float()
-
-
-# Copied from train_sap_lora_sd15.loss_terms
-def loss_terms(
-    step: MicroStep, anchor: torch.Tensor | None, student: torch.nn.Module, args: argparse.Namespace
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Student forward and objective of one micro-step: loss, reconstruction term, anchor term."""
-    prediction = student(step.model_input, step.timesteps, step.conditioning, step.prompts)
-    return semantic_anchor_loss(
-        to_target_space(prediction, step),
-        step.target,
-        None if anchor is None else to_target_space(anchor, step),
-        args.anchor_weight,
-        step.sample_weights,
-    )
-
-
-# Copied from train_sap_lora_sd15.anchor_group_size
-def anchor_group_size(args: argparse.Namespace) -> int:
-    """Micro-steps whose anchors are computed together.
-
-    The finetuned anchor must see the weights of its own optimizer step, so there a group has to divide the step.
-    """
-    size = max(1, args.anchor_batch_size // args.train_batch_size) if args.anchor_weight > 0 else 1
-    if args.anchor_source == "finetuned":
-        size = max(n for n in range(1, size + 1) if args.gradient_accumulation_steps % n == 0)
-    return size
-
-
-# Copied from train_sap_lora_sd15.micro_steps
-def micro_steps(run: Run, start: int) -> Iterator[tuple[MicroStep, torch.Tensor | None]]:
-    """All micro-steps of the run from `start` on, each with its anchor (None without anchor).
-
-    Groups of anchors are counted from the first micro-step of the run and always whole, so that a resumed run puts
-    the same samples into the same forward as the run that was not interrupted, and rounds alike.
-    """
-    args, accelerator, images = run.args, run.accelerator, run.images
-    size = anchor_group_size(args)
-    stop = args.max_train_steps * args.gradient_accumulation_steps
-    sampler = MicroStepSampler(images, args, accelerator.process_index, accelerator.num_processes)
-    sampler.start, sampler.stop = start // size * size, math.ceil(stop / size) * size
-    workers = 0 if images.cacheable else args.dataloader_num_workers
-    loader = torch.utils.data.DataLoader(
-        images, batch_sampler=sampler, collate_fn=as_list, num_workers=workers, worker_init_fn=ignore_signals
-    )
-    numbered = enumerate(loader, sampler.start)
-    while group := list(itertools.islice(numbered, size)):
-        steps = [draw_micro_step(run, i, items) for i, items in group]
-        anchors = [None] * size
-        if args.anchor_weight > 0:
-            inputs = [(step.model_input, step.timesteps, step.anchor_conditioning) for step in steps]
-            with accelerator.autocast():
-                anchors = predict_anchors(run.denoiser, denoise, inputs, args.anchor_batch_size, args.anchor_source)
-        for step, anchor in zip(steps, anchors, strict=True):
-            if start <= step.index < stop:
-                yield step, anchor
-
-
-# ---- Training ----
-
-
-# Copied from train_sap_lora_sd15.make_optimizer
-def make_optimizer(run: Run) -> torch.optim.Optimizer:
-    """AdamW, 8-bit AdamW or Prodigy over the adapters, with a rate and a weight decay for each kind of module."""
-    args, groups = run.args, []
-    prodigy = args.optimizer.lower() == "prodigy"
-    for name, module in run.adapted().items():
-        of_denoiser = name == DENOISER
-        groups.append({
-            "params": [parameter for parameter in module.parameters() if parameter.requires_grad],
-            "lr": args.learning_rate if of_denoiser or prodigy else args.text_encoder_lr,
-            "weight_decay": args.adam_weight_decay if of_denoiser else args.adam_weight_decay_text_encoder,
-        })  # fmt: skip
-    options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    if prodigy:
-        import prodigyopt
-
-        options |= {name: getattr(args, f"prodigy_{name}")
-                    for name in ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")}  # fmt: skip
-        return prodigyopt.Prodigy(groups, **options)
-    if args.use_8bit_adam:
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(groups, **options)
-    return torch.optim.AdamW(groups, **options)
-
-
-# Copied from train_sap_lora_sd15.make_lr_scheduler
-def make_lr_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace):
-    """The schedule over optimizer steps, whatever the accumulation and the number of processes."""
-    return get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=max(args.max_train_steps, args.lr_warmup_steps + 1),  # polynomial divides by the rest
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
-
-
-# Copied from train_sap_lora_sd15.train
-def train(run: Run, checkpoint: Path | None, start: int, progress: tqdm) -> list[Image.Image]:
-    """Run the optimizer steps after `start`, the step of `checkpoint`; returns the last validation's pictures."""
-    args, accelerator = run.args, run.accelerator
-    student = Student(run.denoiser, run.text_pipeline)
-    optimizer = make_optimizer(run)
-    student, optimizer, lr_scheduler = accelerator.prepare(student, optimizer, make_lr_scheduler(optimizer, args))
-    if checkpoint is not None:
-        with loading(f"--resume_from_checkpoint {checkpoint}"):
-            accelerator.load_state(str(checkpoint))
-        accelerator.step = 0  # of micro-steps: one that was stopped between two optimizer steps had begun to count
-    run.signals.deferring = True
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    accumulation, pictures, terms = args.gradient_accumulation_steps, [], []
-    waiting = []  # for the log: what it shows stays on the device, so that the host can run ahead
-    global_step = start
-    for step, anchor in micro_steps(run, start * accumulation):
-        # LoRA dropout draws from the global generator: key that too.
-        torch.manual_seed(keyed_generator(args.seed, accelerator.process_index, step.index, "dropout").initial_seed())
-        with accelerator.accumulate(student):
-            loss, *parts = loss_terms(step, anchor, student, args)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        terms.append(torch.stack([term.detach() for term in (loss, *parts) if term is not None]))
-        if accelerator.sync_gradients:
-            global_step = (step.index + 1) // accumulation
-            waiting.append((torch.stack(terms).mean(dim=0), lr_scheduler.get_last_lr()[0], global_step))
-            lr_scheduler.step()
-            terms.clear()
-            if log_is_due(args, global_step):
-                log_steps(run, progress, waiting)
-            if global_step % args.checkpointing_steps == 0:
-                save_checkpoint(run, global_step)
-        signal_number = agreed_signal(run)
-        if not signal_number and accelerator.sync_gradients and validation_is_due(args, global_step):
-            pictures = validate(run, args.validation_prompt, "validation", global_step)
-            signal_number = agreed_signal(run)
-        if signal_number:
-            log_steps(run, progress, waiting)
-            progress.close()
-            stop(run, start, global_step, signal_number)
-    run.signals.deferring = False
-    return pictures
-
-
-# Copied from train_sap_lora_sd15.log_is_due
-def log_is_due(args: argparse.Namespace, global_step: int) -> bool:
-    """Whether losses are fetched after this step: every --logging_steps, and before a checkpoint keeps the LoRA."""
-    kept = global_step % args.checkpointing_steps == 0 or global_step == args.max_train_steps
-    return kept or global_step % args.logging_steps == 0
-
-
-# Copied from train_sap_lora_sd15.log_steps
-def log_steps(run: Run, progress: tqdm, waiting: list[tuple[torch.Tensor, float, int]]) -> None:
-    """Fetch the terms of all optimizer steps that wait, at once, and log each step; nothing waits afterwards."""
-    if not waiting:
-        return
-    terms, rates, numbers = zip(*waiting, strict=True)
-    rows = run.accelerator.reduce(torch.stack(terms), reduction="mean").tolist()
-    for values, lr, global_step in zip(rows, rates, numbers, strict=True):
-        log_step(run, progress, values, lr, global_step)
-    waiting.clear()
-
-
-# Copied from train_sap_lora_sd15.log_step
-def log_step(run: Run, progress: tqdm, values: list[float], lr: float, global_step: int) -> None:
-    """Log one optimizer step: the terms of its micro-steps, averaged over them and over the ranks.
-
-    Raises:
-        FloatingPointError: if the loss is not finite.
-    """
-    logs = dict(zip(("loss", "loss/reconstruction", "loss/anchor"), values, strict=False)) | {"lr": lr}
-    progress.update(1)
-    progress.set_postfix({name.removeprefix("loss/"): f"{value:.4g}" for name, value in logs.items()})
-    run.accelerator.log(logs, step=global_step)
-    if not math.isfinite(values[0]):
-        raise not_finite(run, f"the loss of step {global_step} is {values[0]}", global_step)
-
-
-# Copied from train_sap_lora_sd15.not_finite
-def not_finite(run: Run, what: str, global_step: int | None = None) -> FloatingPointError:
-    """The error for numbers that are not finite: what they are of, which pictures made them, and likely causes."""
-    args, ranks, names = run.args, run.accelerator.num_processes, []
-    if global_step is not None:
-        for rank in range(ranks):
-            sampler = MicroStepSampler(run.images, args, rank, ranks)
-            sampler.stop = global_step * args.gradient_accumulation_steps
-            sampler.start = sampler.stop - args.gradient_accumulation_steps
-            names += [picture_name(run.images.images, index) for batch in sampler for index, _ in batch]
-        what += f", with {', '.join(sorted(set(names))[:8])}"
-    causes = [f"--learning_rate {args.learning_rate:g} may be too high"]
-    if run.accelerator.mixed_precision == "fp16":
-        causes.append("--mixed_precision fp16 overflows where bf16 does not")
-    causes.append("the base may be damaged, or hold numbers that are too large")
-    kept = list(list_checkpoints(Path(args.output_dir)))
-    kept = f"checkpoint-{kept[-1]} is the last one" if kept else "there is no checkpoint"
-    return FloatingPointError(f"{what}. Likely causes: {'; '.join(causes)}. No file of the output changed; {kept}")
-
-
-# Copied from train_sap_lora_sd15.check_finite
-def check_finite(run: Run) -> None:
-    """Raise `FloatingPointError` if the LoRA in memory holds a number that is not finite: it must reach no file."""
-    for name, module in run.adapted().items():
-        trained = [parameter.isfinite().all() for parameter in module.parameters() if parameter.requires_grad]
-        if not torch.stack(trained).all():
-            raise not_finite(run, f"the LoRA of {name} is no longer finite")
-
-
-# Copied from train_sap_lora_sd15.agreed_signal
-def agreed_signal(run: Run) -> int:
-    """The number of the signal that asked any rank to stop, the same on all ranks, or 0.
-
-    A single process looks after each micro-step; several ask one another, and so only after each optimizer step.
-    """
-    accelerator, received = run.accelerator, run.signals.received
-    if accelerator.num_processes == 1:
-        return received
-    if not accelerator.sync_gradients:
-        return 0
-    return int(accelerator.gather(torch.tensor([received], device=run.device)).max())
-
-
-# Copied from train_sap_lora_sd15.stop
-def stop(run: Run, start: int, global_step: int, signal_number: int) -> None:
-    """Keep what was trained, as the signal asked: a checkpoint of the last optimizer step and the LoRA so far.
-
-    Micro-steps after that step have changed nothing but gradients: they are drawn again when the run goes on.
-
-    Raises:
-        SystemExit: always, with the status that a shell gives to a program that ended by this signal.
-    """
-    args, name = run.args, signal.Signals(signal_number).name
-    if global_step > start and global_step % args.checkpointing_steps:
-        save_checkpoint(run, global_step)
-    if run.accelerator.is_main_process and global_step > 0:
-        write_lora(run, Path(args.output_dir))
-    run.accelerator.end_training()
-    logger.warning(
-        f"{name}: stopped after step {global_step} of {args.max_train_steps}. "
-        "To go on, add --resume_from_checkpoint latest to the same command"
-    )
-    sys.exit(128 + signal_number)
-
-
-# Copied from train_sap_lora_sd15.validation_is_due
-def validation_is_due(args: argparse.Namespace, global_step: int) -> bool:
-    """Whether pictures are made after this step: every --validation_steps, or at the end of due epochs."""
-    if args.validation_prompt is None or args.num_validation_images == 0:
-        return False
-    if args.validation_steps is not None:
-        return global_step % args.validation_steps == 0
-    epoch, position = divmod(global_step - 1, args.steps_per_epoch)
-    ends = position == args.steps_per_epoch - 1 or global_step == args.max_train_steps
-    return ends and epoch % args.validation_epochs == 0
-
-
-# ---- Checkpoints ----
-
-
-# Copied from train_sap_lora_sd15.register_checkpoint_hooks
-def register_checkpoint_hooks(run: Run) -> None:
-    """Let accelerate's checkpoints hold the LoRA in place of the whole model."""
-
-    def save(models: list, weights: list, folder: str) -> None:
-        weights.clear()
-        if run.accelerator.is_main_process:
-            write_lora(run, Path(folder))
-
-    def load(models: list, folder: str) -> None:
-        models.clear()
-        read_lora(run, Path(folder))
-
-    run.accelerator.register_save_state_pre_hook(save)
-    run.accelerator.register_load_state_pre_hook(load)
-
-
-# Copied from train_sap_lora_sd15.read_json
-def read_json(path: Path) -> dict:
-    """What a JSON file holds; empty if it is not there or not whole."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-# Copied from train_sap_lora_sd15.file_sizes
-def file_sizes(folder: Path, pattern: str = "*") -> dict[str, int]:
-    """The size of each file in a folder, by name."""
-    return {path.name: path.stat().st_size for path in folder.glob(pattern) if path.is_file()}
-
-
-# Copied from train_sap_lora_sd15.is_complete
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a folder is a checkpoint and holds all that was written into it."""
-    state = read_json(checkpoint / STATE_FILE)
-    return "global_step" in state and state.get("files", {}).items() <= file_sizes(checkpoint).items()
-
-
-# Copied from train_sap_lora_sd15.list_checkpoints
-def list_checkpoints(output_dir: Path, complete: bool = True) -> dict[int, Path]:
-    """Checkpoints of an output folder by step, in order; anything else that is there is left alone."""
-    found = {}
-    for path in output_dir.glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
-        if number.isdigit() and is_complete(path) == complete:
-            found[int(number)] = path
-    return dict(sorted(found.items()))
-
-
-# Copied from train_sap_lora_sd15.save_checkpoint
-def save_checkpoint(run: Run, global_step: int) -> None:
-    """Write a checkpoint beside its final name, rename it, and only then remove those over the limit."""
-    args, accelerator = run.args, run.accelerator
-    check_finite(run)
-    output_dir = Path(args.output_dir)
-    final = output_dir / f"checkpoint-{global_step}"
-    partial = output_dir / f".{final.name}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    with writing(output_dir):
-        accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()
-        if not accelerator.is_main_process:
-            return
-        state = {"global_step": global_step, "seed": args.seed, "files": file_sizes(partial), **run.record}
-        (partial / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
-            flush_to_disk(path)
-        publish(partial, final)
-    logger.info(f"Checkpoint: {final}")
-    older = [path for step, path in list_checkpoints(output_dir).items() if step < global_step]
-    if args.checkpoints_total_limit is not None:
-        for path in older[: max(0, len(older) + 1 - args.checkpoints_total_limit)]:
+        write_safetensors(tensors, partial, {"lora_adapter_metadata": json.dumps(metadata)})
+
+
+def write_results(run: Run) -> None:
+    """Write what the run is for, in place of what an earlier run left in the folder."""
+    folder = Path(run.args.output_dir)
+    write_lora(run, folder)
+    for stale in (folder / KOHYA_FILE, *folder.glob("image_*.png")):
+        stale.unlink(missing_ok=True)
+
+
+def written(folder: Path) -> str:
+    """What there is of a run's results, for a message."""
+    files = [folder / LORA_FILE, folder / KOHYA_FILE, *sorted(folder.glob("image_*.png"))]
+    return ", ".join(str(path) for path in files if path.is_file()) or "nothing yet"
+
+
+def set_aside(output_dir: Path, record: dict) -> None:
+    """Move checkpoints of other runs into a folder of their own, so that this run neither replaces nor uses them."""
+    places = (output_dir / f"earlier-{number}" for number in itertools.count(1))
+    place = next(path for path in places if not path.exists())
+    for path in list_checkpoints(output_dir):
+        state = read_state(path / STATE_FILE)
+        if state.get("format") != STATE_FORMAT or differences(state["run"], record):
+            place.mkdir(exist_ok=True)
+            os.replace(path, place / path.name)
+            logger.warning(f"{path} is of another run, or damaged: it was moved into {place}")
+
+
+def save_checkpoint(run: Run, training: Training) -> None:
+    """Write a checkpoint, all of it or nothing, and only then remove those over the limit."""
+    output_dir, limit = Path(run.args.output_dir), run.args.checkpoints_total_limit
+    final = output_dir / f"checkpoint-{training.step}"
+    if run.accelerator.is_main_process:
+        scaler = run.accelerator.scaler  # of fp16
+        state = {"parameters": run.student.trained(), "optimizer": training.optimizer.state_dict()}
+        state |= {"lr_scheduler": training.lr_scheduler.state_dict(), "scaler": scaler and scaler.state_dict()}
+        with replacing(final) as partial:
+            partial.mkdir()
+            write_lora(run, partial)
+            with (partial / TRAINING_FILE).open("wb") as file:  # by name, torch hides the reason of a failure
+                torch.save(state, file)
+            write_state(partial / STATE_FILE, run, training.step)
+        logger.info(f"Checkpoint: {final}")
+        older = list_checkpoints(output_dir, training.step)
+        for path in older[: max(0, len(older) + 1 - limit)] if limit is not None else ():
             shutil.rmtree(path)
+    training.saved = training.step
+    run.accelerator.wait_for_everyone()
 
 
-# Copied from train_sap_lora_sd15.flush_to_disk
-def flush_to_disk(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the disk now.
-
-    Without it a rename may outlive a power cut that the content of the renamed file does not.
-    """
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        # Not every network file system can do it for a folder, and it is no loss there.
-        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# Copied from train_sap_lora_sd15.publish
-def publish(partial: Path, final: Path) -> None:
-    """Give a complete checkpoint its name. At each moment in between it is whole under one name or another."""
-    replaced = final.with_name(f".{final.name}.old")
-    if final.exists():  # of an older run in the same folder
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(final, replaced)
-    os.replace(partial, final)
-    flush_to_disk(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+def load_checkpoint(run: Run, training: Training, checkpoint: Path) -> None:
+    """Put the run where `save_checkpoint` found it; raises `UsageError` if it does not fit, or holds Python code."""
+    damage = (RuntimeError, EOFError, pickle.UnpicklingError)
+    with explained(f"--resume_from_checkpoint {checkpoint}: {TRAINING_FILE} is refused", *damage):
+        state = torch.load(checkpoint / TRAINING_FILE, map_location="cpu", weights_only=True)
+        stored, trained = state["parameters"], run.student.trained()
+        kinds = [{name: (one.shape, one.dtype) for name, one in found.items()} for found in (stored, trained)]
+        if kinds[0] != kinds[1]:
+            raise ValueError("its LoRA has other layers, another rank or another precision")
+        for name, parameter in trained.items():
+            parameter.data.copy_(stored[name])
+        training.optimizer.load_state_dict(state["optimizer"])
+        training.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if run.accelerator.scaler is not None:
+            run.accelerator.scaler.load_state_dict(state["scaler"])
 
 
-# Copied from train_sap_lora_sd15.tidy_checkpoints
-def tidy_checkpoints(output_dir: Path) -> None:
-    """Bring an output folder in order after a run that was killed while it wrote or replaced a checkpoint."""
-    for partial in sorted(output_dir.glob(".checkpoint-*.partial")):
-        final = output_dir / partial.name[1:].removesuffix(".partial")
-        if is_complete(partial):
-            publish(partial, final)
-        else:
-            logger.warning(f"{final} was not complete when the last run ended: it is skipped")
-            shutil.rmtree(partial)
-    for replaced in sorted(output_dir.glob(".checkpoint-*.old")):
-        final = output_dir / replaced.name[1:].removesuffix(".old")
-        if final.exists():
-            shutil.rmtree(replaced)
-        else:
-            os.replace(replaced, final)
+def write_state(path: Path, run: Run, step: int) -> None:
+    """Write what a folder holds: the step, the seed, a hash of each file, and the record of the run."""
+    files = [file for file in sorted(path.parent.iterdir()) if file.suffix in (".safetensors", ".pt")]
+    state = {"format": STATE_FORMAT, "global_step": step, "seed": run.args.seed, "run": run.record}
+    state["files"] = {file.name: fingerprint(file) for file in files}
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
-# Copied from train_sap_lora_sd15.find_checkpoint
-def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means: "latest", a name in the output folder, or a path.
-
-    Raises:
-        UsageError: if a named one is not there or not complete, or holds what this script did not write.
-    """
-    wanted, output_dir = args.resume_from_checkpoint, Path(args.output_dir)
-    if accelerator.is_main_process:
-        tidy_checkpoints(output_dir)
-    accelerator.wait_for_everyone()
-    if wanted is None:
-        return None
-    if wanted == "latest":
-        checkpoints = list(list_checkpoints(output_dir).values())
-        for path in list_checkpoints(output_dir, complete=False).values():
-            logger.warning(f"{path} is not complete: it is skipped")
-        if not checkpoints:
-            logger.info(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint, the run starts at step 0")
-            return None
-        check_pickles(checkpoints[-1])
-        return checkpoints[-1]
-    for path in (output_dir / wanted, Path(wanted)):
-        if is_complete(path):
-            check_pickles(path)
-            return path
-    raise UsageError(f"--resume_from_checkpoint {wanted}: no complete checkpoint there or in {output_dir}")
+def read_state(path: Path) -> dict:
+    """What `write_state` wrote; empty if it is not there or not whole, or the files beside it are not."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        state = json.loads(path.read_text(encoding="utf-8") if path.is_file() else "")
+        files = state["files"].items() if state.get("format") == STATE_FORMAT else ()
+        whole = all(fingerprint(path.with_name(name)) == digest for name, digest in files)
+        return state if whole and type(state["global_step"]) is int else {}
+    return {}
 
 
-# Copied from train_sap_lora_sd15.check_pickles
-def check_pickles(checkpoint: Path) -> None:
-    """Read what accelerate keeps as pickles (the optimizer, its schedule, random states) as plain data, before use.
-
-    Raises:
-        UsageError: for one that is damaged, or holds anything but numbers and tensors, or was put there by others.
-    """
-    files = read_json(checkpoint / STATE_FILE).get("files")
-    for path in sorted(checkpoint.rglob("*")):
-        if path.suffix not in (".bin", ".pkl", ".pickle", ".pt", ".pth", ".ckpt"):
-            continue
-        foreign = path.name.startswith("custom_checkpoint") or (files is not None and path.name not in files)
-        reason = "this script did not write it" if foreign else None
-        try:
-            load_pickle(path, map_location="cpu")  # with weights_only=True
-        except pickle.UnpicklingError:
-            reason = "it holds Python code, or is damaged"
-        except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-            reason = f"it is damaged ({str(error).splitlines()[0]})" if str(error) else "it is damaged"
-        if reason is not None:
-            raise UsageError(f"--resume_from_checkpoint {checkpoint}: {path.name} is refused, {reason}")
+def list_checkpoints(output_dir: Path, before: float = math.inf) -> list[Path]:
+    """Checkpoints of an output folder in the order of their steps; anything else that is there is left alone."""
+    names = (path.name for path in output_dir.glob("checkpoint-*") if (path / STATE_FILE).is_file())
+    steps = sorted(int(name[11:]) for name in names if re.fullmatch("checkpoint-[1-9][0-9]*", name))
+    return [output_dir / f"checkpoint-{step}" for step in steps if step < before]
 
 
-# ---- Resuming: what makes two runs the same ----
+def find_checkpoint(args: Namespace) -> tuple[Path | None, dict]:
+    """The checkpoint that `--resume_from_checkpoint` means ("latest", a name or a path), and its state."""
+    flag, output_dir = f"--resume_from_checkpoint {args.resume_from_checkpoint}", Path(args.output_dir)
+    places = [output_dir / str(args.resume_from_checkpoint), Path(str(args.resume_from_checkpoint))]
+    latest = args.resume_from_checkpoint == "latest"
+    for path in reversed(list_checkpoints(output_dir)) if latest else places if args.resume_from_checkpoint else ():
+        state = read_state(path / STATE_FILE)
+        if state and state.get("format") != STATE_FORMAT:
+            formats = f"format {state.get('format', 1)}, and this script reads {STATE_FORMAT}"
+            advice = "go on with the version that wrote it, or start a new run in another --output_dir"
+            raise UsageError(f"{flag}: {path} has {formats}: {advice}")
+        if state:
+            return path, state
+        if latest:
+            logger.warning(f"{path} is not complete, or damaged: it is skipped")
+    if args.resume_from_checkpoint and not latest:
+        raise UsageError(f"{flag}: no complete checkpoint there or in {output_dir}")
+    return None, {}
 
 
-# Copied from train_sap_lora_sd15.content_digest
-def content_digest(source: Path | Image.Image) -> str:
-    """A short hash of a picture's file, or of its pixels where it comes from a dataset."""
-    content = source.read_bytes() if isinstance(source, Path) else repr((source.mode, source.size)).encode()
-    content += b"" if isinstance(source, Path) else source.tobytes()
+def fingerprint(source: Path | Image.Image, size: int = -1) -> str:
+    """A short hash of a file or its first bytes, or of the pixels of a picture that comes from a dataset."""
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            content = file.read(size)
+    else:
+        content = repr((source.mode, source.size)).encode() + source.tobytes()
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-# Copied from train_sap_lora_sd15.base_identity
-def base_identity(args: argparse.Namespace) -> str:
-    """The base pipeline as a checkpoint records it: its name on the hub, or what a local folder holds, moved or not.
+# What may change when a run is resumed, beside the flags of output: places, speed, and what pictures and captions say.
+FREE_ON_RESUME = """
+    instance_data_dir dataset_name dataset_config_name image_column caption_column cache_dir local_rank compile offload
+    dataloader_num_workers pre_compute_text_embeddings num_train_epochs steps_per_epoch anchor_batch_size output_dir
+    gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention validation_prompt validation_prompts
+    with_prior_preservation class_data_dir num_class_images prior_loss_weight prior_generation_precision
+    sample_batch_size class_prompt_lacks""".split()
 
-    Of each file of its parts the name, the size and the first megabyte count.
-    """
+
+def describe_run(args: Namespace, accelerator: Accelerator, images: SubjectImages) -> dict:
+    """What the result of a run depends on, as JSON has it: flags, the base (a local one by its files), pictures."""
+    free = {*FREE_ON_RESUME, *(flag[0][2:] for flag in FLAGS[FLAGS.index(OUTPUT) + 1 :])}
+    record = {f"--{name}": found for name, found in vars(args).items() if name not in free}
+    record |= {"--mixed_precision": accelerator.mixed_precision, "--num_processes": accelerator.num_processes}
+    if args.lr_scheduler.startswith("constant"):
+        del record["--max_train_steps"]
     base = Path(args.pretrained_model_name_or_path)
-    if not base.is_dir():
-        return args.pretrained_model_name_or_path
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(path for part in BASE_PARTS for path in (base / part).rglob("*") if path.is_file()):
-        digest.update(repr((path.relative_to(base).as_posix(), path.stat().st_size)).encode())
-        with path.open("rb") as file:
-            digest.update(file.read(2**20))
-    return f"a folder with the content {digest.hexdigest()}"
-
-
-# Copied from train_sap_lora_sd15.picture_name
-def picture_name(pictures: Sequence, index: int) -> str:
-    """How a message names a picture: by its file, or by its place in the dataset."""
-    return pictures[index].name if isinstance(pictures[index], Path) else f"picture {index}"
-
-
-# Copied from train_sap_lora_sd15.describe_run
-def describe_run(args: argparse.Namespace, images: SubjectImages, accelerator: Accelerator) -> dict:
-    """What a checkpoint records of its run, as JSON has it: all that its result depends on.
-
-    That is every flag but those of `FREE_ON_RESUME` and secrets, and for each picture in its order the name, a hash
-    of the content, the caption and the anchor caption.
-    """
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME | SECRETS}
-    settings["pretrained_model_name_or_path"] = base_identity(args)
-    settings["mixed_precision"] = accelerator.mixed_precision
-    settings["num_processes"] = accelerator.num_processes
-    pictures = []
-    for i, source in enumerate(images.images):
-        pictures.append(
-            [picture_name(images.images, i), content_digest(source), images.captions[i], images.anchor_captions[i]]
-        )
-    record = {"max_train_steps": args.max_train_steps, "settings": settings, "pictures": pictures}
+    if base.is_dir():
+        files = sorted(path for part in BASE_PARTS for path in (base / part).rglob("*") if path.is_file())
+        parts = {path.relative_to(base).as_posix(): (path.stat().st_size, fingerprint(path, 2**20)) for path in files}
+        digest = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+        record["--pretrained_model_name_or_path"] = f"a folder with the content {digest}"
+    record["the pictures"] = images.names[: images.count]
+    for i, name in enumerate(images.names[: images.count]):
+        record[f"the content of {name}"] = fingerprint(images.images[i])
+        record[f"the captions of {name}"] = [images.captions[i], images.anchor_captions[i]]
+    for name, mask in zip(images.names, images.masks, strict=False):
+        record[f"the mask of {name}"] = fingerprint(mask)
     return json.loads(json.dumps(record))
 
 
-# Copied from train_sap_lora_sd15.differences
-def differences(was: dict, now: dict) -> list[str]:
-    """How the records of two runs differ, each in a few words. Flags that one does not know are left out."""
-    before, after = was["settings"], now["settings"]
-    names = [name for name in after if name in before and before[name] != after[name]]
-    found = [f"--{name} was {before[name]}, is {after[name]}" for name in names]
-    steps = [was["max_train_steps"], now["max_train_steps"]]
-    if steps[0] != steps[1] and not after["lr_scheduler"].startswith("constant"):
-        found.append(f"--max_train_steps was {steps[0]}, is {steps[1]}, on which --lr_scheduler depends")
-    if [row[0] for row in was["pictures"]] != [row[0] for row in now["pictures"]]:
-        lists = [", ".join(row[0] for row in record["pictures"]) for record in (was, now)]
-        return [*found, f"the pictures were {lists[0]}, are {lists[1]}"]
-    for one, other in zip(was["pictures"], now["pictures"], strict=True):
-        if one[1] != other[1]:
-            found.append(f"{one[0]} is another picture")
-        if one[2:] != other[2:]:
-            found.append(f"the captions of {one[0]} were {one[2:]}, are {other[2:]}")
-    return found
+def differences(was: dict, now: dict) -> str:
+    """How the records of two runs differ, in a few words. Entries that one does not know are left out."""
+    names = [name for name in now if name in was and was[name] != now[name]]
+    return "; ".join(f"{name} was {was[name]}, is {now[name]}" for name in names[:3])
 
 
-# Copied from train_sap_lora_sd15.check_same_run
-def check_same_run(record: dict, state: dict, checkpoint: Path) -> None:
-    """Compare this run (`describe_run`) with that of a checkpoint.
-
-    Raises:
-        UsageError: if going on would silently make the result of neither run; it names each difference.
-    """
-    flag = f"--resume_from_checkpoint {checkpoint}"
-    if "settings" not in state:
-        logger.warning(f"{flag} does not record its settings: whether this run has the same ones is not checked")
-        return
-    before, after = state["settings"]["num_processes"], record["settings"]["num_processes"]
-    if before != after:
-        raise UsageError(
-            f"{flag} was trained by {before} processes, this run has {after}: a step would see {after} batches where "
-            f"it saw {before}, and other ones; start {before} processes, or a new run in another --output_dir"
-        )
-    found = differences(state, record)
-    if found:
-        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
-        raise UsageError(
-            f"{flag} is of another run: {'; '.join(found[:3])}{more}; go on with what was, or start a new run in "
-            "another --output_dir"
-        )
+# ---- Pictures made, card, upload ----
 
 
-# Copied from train_sap_lora_sd15.read_finished
-def read_finished(args: argparse.Namespace) -> dict:
-    """What `mark_finished` left in the output folder, if `latest` is to go on there and its LoRA is still in place."""
-    folder = Path(args.output_dir)
-    record = read_json(folder / FINISHED_FILE) if args.resume_from_checkpoint == "latest" else {}
-    return record if record.get("files", {}).items() <= file_sizes(folder).items() else {}
-
-
-# Copied from train_sap_lora_sd15.is_finished
-def is_finished(args: argparse.Namespace, record: dict, finished: dict) -> bool:
-    """Whether the run that ended in the output folder is this one, as far as this one is to go, with all its files."""
-    if not finished or differences(finished, record) or finished["max_train_steps"] < args.max_train_steps:
-        return False
-    return not args.output_kohya_format or any("kohya" in name for name in finished["files"])
-
-
-# Copied from train_sap_lora_sd15.mark_finished
-def mark_finished(args: argparse.Namespace, record: dict) -> None:
-    """Leave word that the run is at its end, for `read_finished`."""
-    folder = Path(args.output_dir)
-    record = {"seed": args.seed, "files": file_sizes(folder, "pytorch_lora_weights*.safetensors"), **record}
-    with replacing(folder / FINISHED_FILE) as partial:
-        partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
-
-
-# ---- Pictures, card, upload ----
-
-
-def sampling_pipeline(run: Run) -> PIPELINE_CLASS:
-    """A pipeline for ready embeddings around the denoiser in memory, with a sampler of its own."""
-    scheduler = FlowMatchEulerDiscreteScheduler.from_config(run.scheduler.config)  # sampling rewrites its table
-    texts = dict.fromkeys(f"{kind}{number}" for kind in ("tokenizer", "text_encoder") for number in ("", "_2", "_3"))
-    pipeline = PIPELINE_CLASS(vae=None, transformer=run.denoiser, scheduler=scheduler, **texts, **UNUSED_PARTS)
-    pipeline.vae_scale_factor = 2 ** (len(run.vae_config["block_out_channels"]) - 1)  # the VAE comes later
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-# Copied from train_sap_lora_sd15.sample_images
 @torch.no_grad()
-def sample_images(run: Run, prompt: str, **sampling: int) -> list[Image.Image]:
-    """Pictures of the model as it is, from `--seed`: denoised in the run's precision, decoded in float32.
-
-    `sampling` goes to the pipeline's call, such as `num_inference_steps`.
-    """
-    args, modules = run.args, list(run.adapted().values())
-    modes = [module.training for module in modules]
-    pipeline = sampling_pipeline(run)
-    generator = torch.Generator().manual_seed(args.seed)
+def sample_images(run: Run, prompt: str, **sampling: float) -> list[Image.Image]:
+    """Pictures of the model as it is, from `--seed`: denoised in the run's precision, decoded in float32."""
+    args, student, inputs = run.args, run.student, run.sampling_inputs[prompt]
+    parts = dict.fromkeys(inspect.signature(PIPELINE_CLASS).parameters) | UNUSED_PARTS
+    parts |= {DENOISER: student.denoiser, "scheduler": sampling_scheduler(run)}
+    pipeline = PIPELINE_CLASS(**parts)
+    pipeline.vae_scale_factor = 2 ** (len(run.vae.config.block_out_channels) - 1)  # the VAE comes later
+    pipeline.set_progress_bar_config(disable=True)
+    generator, latents = torch.Generator().manual_seed(args.seed), []
     options = {"height": args.resolution, "width": args.resolution, "output_type": "latent", **sampling}
-    latents = []
-    try:
-        for module in modules:
-            module.eval()
-        with run.accelerator.autocast():
-            inputs = run.sampling_inputs[prompt]
-            if run.text_pipeline is not None:
-                inputs = encode_for_sampling(run.text_pipeline, prompt, run.device)
-            for _ in tqdm(range(args.num_validation_images), desc="Pictures", leave=False):
-                if run.signals.received:  # who asked to stop may not wait for all of them
-                    break
+    options |= {"num_inference_steps": args.validation_inference_steps} if args.validation_inference_steps else {}
+    options |= {} if args.validation_guidance_scale is None else {"guidance_scale": args.validation_guidance_scale}
+    with evaluating(student), run.accelerator.autocast():
+        if student.text_pipeline is not None:
+            inputs = encode_for_sampling(student.text_pipeline, prompt)
+        inputs = {name: tensor.to(run.device) for name, tensor in inputs.items()}
+        for _ in tqdm(range(args.num_validation_images), desc="Pictures", leave=False):
+            if not run.signals.received:  # who asked to stop may not wait for all of them
                 latents.append(pipeline(**inputs, **options, generator=generator).images)
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.train(mode)
     with vae_at_work(run) as vae:
-        decoded = [vae.decode(unscale_latents(one.float(), run.vae_config)).sample for one in latents]
+        decoded = [vae.decode(scale_latents(one.float(), vae, inverse=True)).sample for one in latents]
     return [VaeImageProcessor().postprocess(pixels, output_type="pil")[0] for pixels in decoded]
 
 
-# Copied from train_sap_lora_sd15.validate
-def validate(run: Run, prompt: str, tag: str, step: int, **sampling: int) -> list[Image.Image]:
-    """Make pictures on the main process, until a request to stop, and show them to the trackers under `tag`."""
-    pictures = []
-    if run.accelerator.is_main_process:
-        pictures = sample_images(run, prompt, **sampling)
-        free_memory()
-        for tracker in run.accelerator.trackers if pictures else []:
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            if tracker.name in ("tensorboard", "wandb"):
-                tracker.log_images({tag: np.stack([np.asarray(p) for p in pictures])}, step=step, **layout)
+def sampling_scheduler(run: Run) -> diffusers.SchedulerMixin:
+    """The base's own sampler; another one than the run's scheduler, since sampling rewrites its table."""
+    return diffusers.FlowMatchEulerDiscreteScheduler.from_config(run.scheduler.config)
+
+
+def validate(run: Run, prompts: list[str], tag: str, step: int, **sampling: float) -> list[Image.Image]:
+    """Make pictures on the main process, until a request to stop; show them to the trackers under `tag`, and whoever
+    looks into the folder as one grid, a row a prompt. Returns those of the first prompt."""
+    prompts = prompts if run.accelerator.is_main_process else []
+    made = ((prompt, sample_images(run, prompt, **sampling)) for prompt in prompts)
+    rows = {prompt: pictures for prompt, pictures in made if pictures}
+    free_memory()
+    for tracker in run.accelerator.trackers if rows else []:
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        with giving_up(run.accelerator):
+            for number, pictures in enumerate(rows.values() if tracker.name in ("tensorboard", "wandb") else []):
+                name = f"{tag}/{number}" if number else tag
+                tracker.log_images({name: np.stack([np.asarray(p) for p in pictures])}, step=step, **layout)
+    if rows:
+        with replacing(Path(run.args.output_dir) / "validation" / f"{tag}-{step:06}.png") as partial:
+            labelled_grid(rows).save(partial, format="PNG")
     run.accelerator.wait_for_everyone()
-    return pictures
+    return next(iter(rows.values()), [])
 
 
-def card_tags(args: argparse.Namespace) -> list[str]:
-    """Tags of the base's family: SD3.5 normalises queries and keys, SD3 does not."""
-    family = "sd3" if transformer_config(args).get("qk_norm") is None else "sd3.5"
-    return [family, f"{family}-diffusers"]
+def labelled_grid(rows: dict[str, list[Image.Image]]) -> Image.Image:
+    """Pictures in rows, each row below its prompt."""
+    width, height = next(iter(rows.values()))[0].size
+    columns, size = max(map(len, rows.values())), max(12, height // 24)
+    grid = Image.new("RGB", (columns * width, len(rows) * (height + 2 * size)), "white")
+    for number, (prompt, pictures) in enumerate(rows.items()):
+        top = number * (height + 2 * size)
+        text = ((size // 2, top + size // 2), printable(prompt), "black", ImageFont.load_default(size))
+        ImageDraw.Draw(grid).text(*text)
+        for column, picture in enumerate(pictures):
+            grid.paste(picture, (column * width, top + 2 * size))
+    return grid
 
 
-def absent_parts(args: argparse.Namespace) -> dict[str, None]:
-    """Parts of the pipeline that `from_pretrained` has to be told are not there: T5, if it is left out or missing."""
-    index = PIPELINE_CLASS.load_config(args.pretrained_model_name_or_path, revision=args.revision)
-    missing = index.get("text_encoder_3", [None, None])[0] is None
-    return {"text_encoder_3": None, "tokenizer_3": None} if args.without_t5 or missing else {}
-
-
-# Copied from train_sap_lora_sd15.write_model_card
-def write_model_card(args: argparse.Namespace, pictures: list[Image.Image], prompt: str | None) -> None:
+def write_model_card(args: Namespace, pictures: list[Image.Image], prompt: str | None) -> None:
     """Write README.md, which the hub shows as the model's page, and the pictures it shows."""
-    folder = Path(args.output_dir)
+    folder, base, pipeline = Path(args.output_dir), args.pretrained_model_name_or_path, PIPELINE_CLASS.__name__
+    on_hub = not Path(base).exists()  # no path of this machine belongs into a card
+    base, shown = base if on_hub else Path(base).name, " ".join(args.instance_prompt.replace("`", "'").split())
+    (licence, tags, absent), dora = describe_base(args), ["dora"] if args.use_dora else []
     for i, picture in enumerate(pictures):
         with replacing(folder / f"image_{i}.png") as partial:
             picture.save(partial, format="PNG")
-    tags = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *card_tags(args)]
     data = ModelCardData(
-        base_model=args.pretrained_model_name_or_path,
+        base_model=base if on_hub else None,
         instance_prompt=args.instance_prompt,
         library_name="diffusers",
-        license=CARD_LICENSE,
-        tags=tags,
+        license=licence,
+        tags=["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *tags, *dora],
         widget=[{"text": prompt, "output": {"url": f"image_{i}.png"}} for i in range(len(pictures))] or None,
     )
-    absent = [f"{name}={part}" for name, part in absent_parts(args).items()]
-    base = ", ".join([repr(args.pretrained_model_name_or_path), *absent])
     anchored = f"w = {args.anchor_weight:g}, class prompt `{args.class_prompt or 'one for each caption'}`"
     text = f"""---
 {data.to_yaml()}
 ---
 
-# LoRA for `{args.instance_prompt}`
+# LoRA for `{shown}`
 
-A LoRA of rank {args.rank} for {args.pretrained_model_name_or_path}, trained with [Semantic Anchoring
-Personalization]({PAPER}): {anchored if args.anchor_weight > 0 else "w = 0, without anchor"}.
+A LoRA of rank {args.rank} for {base}, trained with [Semantic Anchoring Personalization]({PAPER}):
+{anchored if args.anchor_weight > 0 else "w = 0, without anchor"}.
 Text encoders: {"trained too" if args.train_text_encoder else "not trained"}.
 
 ## Use
 
 ```python
 import torch
-from diffusers import {PIPELINE_CLASS.__name__}
+from diffusers import {pipeline}
 
-pipeline = {PIPELINE_CLASS.__name__}.from_pretrained({base}, dtype=torch.float16)
-pipeline.load_lora_weights({(args.hub_model_id or args.output_dir)!r}, weight_name={LORA_FILE!r})
+pipeline = {pipeline}.from_pretrained({", ".join([repr(base), *absent])}, dtype=torch.float16)
+pipeline.load_lora_weights({(args.hub_model_id or folder.name)!r}, weight_name={LORA_FILE!r})
 image = pipeline.to("cuda")({(prompt or args.instance_prompt)!r}).images[0]
 ```
 """
@@ -2286,206 +1615,526 @@ image = pipeline.to("cuda")({(prompt or args.instance_prompt)!r}).images[0]
         partial.write_text(text, encoding="utf-8")
 
 
-# Copied from train_sap_lora_sd15.open_repo
-def open_repo(args: argparse.Namespace) -> str:
-    """Make the hub repository if it is not there, before the training that it is for; returns its name.
+def describe_base(args: Namespace) -> tuple[str, list[str], list[str]]:
+    """The licence of the base, the hub's tags for its kind, and arguments without which it does not load."""
+    family = "sd3" if transformer_config(args).get("qk_norm") is None else "sd3.5"  # which normalises queries and keys
+    return "other", [family, f"{family}-diffusers"], [f"{name}=None" for name in absent_parts(args)]
 
-    Raises:
-        UsageError: if the hub refuses or cannot be reached.
-    """
+
+# ---- Command line ----
+
+
+def value(kind: type, words: str, fits: Callable) -> Callable[[str], object]:
+    """A type for argparse: values of a kind that fit, which is what `words` describe."""
+
+    def read(text: str) -> object:
+        if not fits(kind(text)):
+            raise argparse.ArgumentTypeError(f"must be {words}, not {text!r}")
+        return kind(text)
+
+    read.__name__ = kind.__name__  # argparse puts it into its messages
+    return read
+
+
+def boolean(text: str) -> bool:
+    """Read true or false from a flag's value; `bool("False")` is True, which nobody means."""
+    return ["false", "no", "0", "true", "yes", "1"].index(text.lower()) > 2
+
+
+boolean.__name__ = "bool"
+COUNT = value(int, "at least 1", lambda x: x >= 1)
+WHOLE = value(int, "at least 0 and below 2**63", lambda x: 0 <= x < 2**63)  # as torch's generators take seeds
+EDGE = value(int, f"a multiple of {LATENT_STRIDE}", lambda x: x >= 1 and x % LATENT_STRIDE == 0)
+AMOUNT = value(float, "at least 0 and below 1e38", lambda x: 0 <= x < 1e38)  # float32 ends there
+POSITIVE = value(float, "above 0 and below 1e38", lambda x: 0 < x < 1e38)
+SHARE = value(float, "at least 0 and below 1", lambda x: 0 <= x < 1)
+TEXT = value(str, "given a value, or left out", bool)  # it is empty where a shell variable was not set
+FOLDER = value(str, "a folder that is there", lambda x: x != "" and Path(x).is_dir())
+FILE = value(str, "a file that is there", lambda x: Path(x).is_file())
+LAYERS = value(str, 'names with commas between them, "to_k,to_v"', lambda x: all(n.strip() for n in x.split(",")))
+SCHEDULE = value(str, f"one of {', '.join(LR_SCHEDULERS)}", LR_SCHEDULERS.__contains__)
+OPTIMIZER = value(str, "AdamW or prodigy", lambda x: x.lower() in ("adamw", "prodigy"))
+OUTPUT = "output: validation, checkpoints, logs, hub"
+
+# Every flag of diffusers' example, with its type, default and choices, and ours; those that matter come first. A flag
+# is its name, type, default (... where it must be given), help and choices, or a name and its help for a switch.
+FLAGS_OF_BASE = [
+    ("--max_sequence_length", value(int, "from 1 to 512", lambda x: 1 <= x <= 512), 77, "Tokens T5 reads."),
+    ("--without_t5", "Leave T5 out, to save memory; CLIP alone reads the prompts."),
+    ("--upcast_before_saving", "Accepted: what is saved is always float32."),
+    ("--lora_blocks", value(str, 'numbers with commas between them, "0,2"',
+     lambda x: all(part.strip().isdecimal() for part in x.split(","))), None, "Numbers of blocks to adapt."),
+    ("--weighting_scheme", str, "logit_normal", "Density of timesteps, or weight of both terms.",
+     ["sigma_sqrt", "logit_normal", "mode", "cosmap"]),
+    ("--logit_mean", value(float, "from -100 to 100", lambda x: -100 <= x <= 100), 0.0,
+     "Mean of the logit for logit_normal; above 0 means less noise."),
+    ("--logit_std", value(float, "from 0 to 100", lambda x: 0 <= x <= 100), 1.0, "Its standard deviation."),
+    ("--mode_scale", value(float, "from -100 to 100", lambda x: -100 <= x <= 100), 1.29,
+     "How far the mode scheme is from uniform time."),
+    ("--precondition_outputs", value(int, "0 or 1", lambda x: x in (0, 1)), 1,
+     "1: both terms compare latents, 0: velocities."),
+]  # fmt: skip
+FLAGS = [
+    "start here",
+    ("--pretrained_model_name_or_path", TEXT, ..., "Base pipeline: hub name or local folder."),
+    ("--instance_data_dir", FOLDER, None, "Folder of pictures, captions in metadata.jsonl or NAME.txt."),
+    ("--instance_prompt", TEXT, ..., 'Subject prompt, such as "a photo of sks dog".'),
+    ("--class_prompt", TEXT, None, 'Anchor prompt: the same sentence for the class, "a photo of a dog".'),
+    ("--anchor_weight", AMOUNT, 0.5, "w of the objective; 0 is plain DreamBooth-LoRA."),
+    ("--resolution", EDGE, RESOLUTION, "Edge in pixels of the square that pictures are cropped to."),
+    ("--train_batch_size", COUNT, 4, "Samples a device in one micro-step."),
+    ("--max_train_steps", COUNT, None, "Optimizer steps in all (default: as --num_train_epochs says)."),
+    ("--learning_rate", AMOUNT, LEARNING_RATE, "Learning rate after warm-up."),
+    ("--mixed_precision", str, None, "Default: as accelerate is configured.", ["no", "fp16", "bf16"]),
+    ("--validation_prompt", str, None, "Prompt of pictures made during training and at its end."),
+    ("--output_dir", TEXT, OUTPUT_DIR, "Folder of the LoRA, the checkpoints and the logs."),
+    "model",
+    ("--revision", TEXT, None, "Branch, tag or commit of the base pipeline on the hub."),
+    ("--variant", TEXT, None, "File variant of the base weights, such as fp16."),
+    *FLAGS_OF_BASE,
+    "subject: pictures and captions",
+    ("--dataset_name", TEXT, None, "A `datasets` dataset of the pictures instead of a folder: hub name or path."),
+    ("--dataset_config_name", TEXT, None, "Configuration of that dataset."),
+    ("--image_column", TEXT, "image", "Column that holds the pictures."),
+    ("--caption_column", TEXT, None, "Column, or metadata.jsonl field, that holds a caption for each picture."),
+    ("--cache_dir", TEXT, None, "Where `datasets` keeps what it downloads."),
+    ("--repeats", COUNT, 1, "How often each picture counts in one epoch."),
+    ("--center_crop", "Crop the middle instead of a random place."),
+    ("--random_flip", "Mirror each picture with probability 1/2."),
+    ("--use_aspect_ratio_buckets", "Many shapes of as many pixels instead of a square; the nearest one is taken."),
+    ("--aspect_ratio_buckets", TEXT, None, 'Sizes "h,w;h,w;..." instead of a square; the nearest one is taken.'),
+    ("--cache_latents", "Encode each picture once (a random crop then stays the same)."),
+    ("--mask_dir", FOLDER, None, "A grey picture NAME.png for each photo NAME.jpg, white on the subject."),
+    ("--alpha_mask", "The photos' own transparency is the mask."),
+    ("--unmasked_weight", value(float, "from 0 to 1", lambda x: 0 <= x <= 1), 0.1, "What the photo weighs outside."),
+    ("--caption_dropout", SHARE, 0.0, "Share of samples trained with an empty prompt."),
+    ("--image_interpolation_mode", str, "lanczos", "How pictures are resized.",
+     ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]),
+    "semantic anchor",
+    ("--subject_token", TEXT, None, "Word of the subject: anchor captions are the captions without it."),
+    ("--class_token", str, None, "Word that replaces --subject_token in anchor captions (default: nothing)."),
+    ("--anchor_source", str, "pretrained", "Model that gives the anchor; finetuned (the one in training) is the "
+     "paper's ablation.", ["pretrained", "finetuned"]),
+    ("--anchor_batch_size", COUNT, 4, "Samples of coming micro-steps in one anchor forward."),
+    "prior preservation: accepted for old command lines, unused",
+    ("--with_prior_preservation", "Unused."),
+    ("--class_data_dir", str, None, "Unused: no class pictures are read."),
+    ("--num_class_images", int, 100, "Unused: no class pictures are made."),
+    ("--prior_loss_weight", float, 1.0, "Unused: see --anchor_weight."),
+    ("--prior_generation_precision", str, None, "Unused.", ["no", "fp32", "fp16", "bf16"]),
+    ("--sample_batch_size", int, 4, "Unused."),
+    "LoRA",
+    ("--init_lora", TEXT, None, "Start from this LoRA, of the same rank and layers: a file, folder or hub name."),
+    ("--rank", COUNT, 4, "Rank of the update matrices."),
+    ("--lora_alpha", POSITIVE, None, "The update is scaled by alpha / rank (default: the rank, a scale of 1)."),
+    ("--lora_dropout", SHARE, 0.0, "Dropout before the update matrices."),
+    ("--lora_layers", LAYERS, None, 'Endings of the layers to adapt, "to_k,to_v" (default: attention).'),
+    ("--use_dora", "Train DoRA: magnitude and direction apart (arXiv 2402.09353)."),
+    ("--train_text_encoder", "Train a LoRA on the text encoder too."),
+    "training",
+    ("--num_train_epochs", COUNT, 1, "Epochs, where --max_train_steps is not given."),
+    ("--gradient_accumulation_steps", COUNT, 1, "Micro-steps in one optimizer step."),
+    ("--seed", WHOLE, None, "Makes the run reproducible (default: drawn and told)."),
+    ("--gradient_checkpointing", "Save memory in the denoiser for time."),
+    ("--snr_gamma", POSITIVE, None, "Min-SNR weighting of both loss terms, 5.0 in arXiv 2303.09556."),
+    ("--allow_tf32", "Let Ampere and newer GPUs multiply in TF32."),
+    ("--enable_xformers_memory_efficient_attention", "Use xformers' attention."),
+    ("--offload", "Text encoders that do not train read prompts on the CPU; the VAE rests there."),
+    ("--bnb_quantization_config_path", TEXT, None, "JSON file of diffusers' BitsAndBytesConfig: the frozen denoiser "
+     "in 4 or 8 bits, on a GPU."),
+    ("--compile", "Compile the denoiser's blocks: minutes at first, then faster steps."),
+    ("--dataloader_num_workers", WHOLE, 0, "Threads that prepare random crops beforehand."),
+    ("--local_rank", int, -1, "Set by launchers."),
+    "optimizer",
+    ("--text_encoder_lr", AMOUNT, 5e-6, "Learning rate of the text encoder's LoRA."),
+    ("--scale_lr", "Multiply the rate by accumulation, batch size and processes."),
+    ("--lr_scheduler", SCHEDULE, "constant", f"One of {', '.join(LR_SCHEDULERS)}."),
+    ("--lr_warmup_steps", WHOLE, 500, "Optimizer steps of warm-up, for schedules that have one."),
+    ("--lr_num_cycles", COUNT, 1, "Restarts of cosine_with_restarts."),
+    ("--lr_power", AMOUNT, 1.0, "Power of the polynomial schedule."),
+    ("--optimizer", OPTIMIZER, "AdamW", "AdamW or prodigy."),
+    ("--use_8bit_adam", "AdamW with 8-bit state, from bitsandbytes."),
+    ("--adam_beta1", SHARE, 0.9, "First beta, of AdamW and Prodigy."),
+    ("--adam_beta2", SHARE, 0.999, "Second beta, of AdamW and Prodigy."),
+    ("--adam_weight_decay", AMOUNT, WEIGHT_DECAY, "Weight decay of the denoiser's LoRA."),
+    ("--adam_weight_decay_text_encoder", AMOUNT, 1e-3, "And of the text encoder's."),
+    ("--adam_epsilon", POSITIVE, 1e-8, "Epsilon, of AdamW and Prodigy."),
+    ("--prodigy_beta3", SHARE, None, "Prodigy's third beta (default: the root of the second)."),
+    ("--prodigy_decouple", boolean, True, "Decoupled weight decay in Prodigy."),
+    ("--prodigy_use_bias_correction", boolean, True, "Bias correction in Prodigy."),
+    ("--prodigy_safeguard_warmup", boolean, True, "Keep Prodigy's estimate small in warm-up."),
+    ("--max_grad_norm", POSITIVE, 1.0, "Gradients are clipped to this norm."),
+    OUTPUT,
+    ("--output_kohya_format", "Also write the LoRA with the keys of kohya's tools."),
+    ("--num_validation_images", WHOLE, 4, "How many of them."),
+    ("--validation_epochs", COUNT, 50, "Every how many epochs."),
+    ("--validation_steps", COUNT, None, "Every how many optimizer steps, instead of epochs."),
+    ("--validation_prompts_file", FILE, None, "More prompts, one a line."),
+    ("--validation_guidance_scale", AMOUNT, None, "Guidance of these pictures (default: the pipeline's)."),
+    ("--validation_inference_steps", COUNT, None, "Denoising steps of these pictures."),
+    ("--validation_data_dir", FOLDER, None, "Photos held out: both loss terms on them, logged as val/."),
+    ("--final_validation_prompt", str, None, "Another prompt for the pictures at the end."),
+    ("--skip_final_inference", "Make no pictures at the end."),
+    ("--checkpointing_steps", COUNT, 500, "Optimizer steps between checkpoints."),
+    ("--checkpoints_total_limit", COUNT, None, "How many checkpoints stay on disk."),
+    ("--resume_from_checkpoint", TEXT, None, 'A checkpoint\'s folder or name, or "latest".'),
+    ("--report_to", TEXT, "tensorboard", "tensorboard, wandb, comet_ml, all or none."),
+    ("--logging_steps", COUNT, 1, "Fetch the losses from the device every so many steps."),
+    ("--logging_dir", TEXT, "logs", "Folder of the logs, inside the output folder."),
+    ("--push_to_hub", "Upload the LoRA, its card and its pictures; nothing else."),
+    ("--hub_token", TEXT, None, "Token for that; `hf auth login` is safer."),
+    ("--hub_model_id", TEXT, None, "Repository (default: the output folder's name)."),
+]  # fmt: skip
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of `FLAGS`."""
+    usage = "accelerate launch %(prog)s --pretrained_model_name_or_path BASE --instance_data_dir FOLDER "
+    usage += '--instance_prompt "a photo of sks dog" --class_prompt "a photo of a dog" [more flags]'
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0], fromfile_prefix_chars="@")
+    for flag in FLAGS:
+        if isinstance(flag, str):
+            add = parser.add_argument_group(flag).add_argument
+        elif len(flag) == 2:
+            add(flag[0], action="store_true", help=flag[1])
+        else:
+            name, kind, default, text, *choices = flag
+            options = {"nargs": "+"} if kind is list else {"type": kind, "choices": choices[0] if choices else None}
+            options |= {"required": True} if default is ... else {"default": default}
+            add(name, help=text if default in (None, ...) else f"{text} (default: {default})", **options)
+    return parser
+
+
+def parse_args(input_args: Sequence[str] | None = None) -> Namespace:
+    """Read and check the command line (`sys.argv` without `input_args`); a mistake ends in one sentence, status 2."""
+    parser, given = make_parser(), sys.argv[1:] if input_args is None else list(input_args)
+    args, unknown = parser.parse_known_args(given)
+    known = [name for name in parser._option_string_actions if name.startswith("--")]
+    for word in unknown:
+        like = difflib.get_close_matches(word.split("=")[0], known, 1)
+        parser.error(f"unrecognized arguments: {word}" + (f"; did you mean {like[0]}?" if like else ""))
+    for name in {word.split("=")[0] for word in given if word.startswith("--")}.difference(known):
+        print(f"{name} is read as {next(one for one in known if one.startswith(name))}", file=sys.stderr)
+    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    if args.hub_token:  # wandb copies sys.argv into its files
+        sys.argv[1:] = [word.replace(args.hub_token, "***") for word in sys.argv[1:]]
+    args.validation_prompts = [args.validation_prompt] if args.validation_prompt else []
     try:
-        return create_repo(
-            args.hub_model_id or Path(args.output_dir).name, exist_ok=True, token=args.hub_token
-        ).repo_id
-    except OSError as error:  # of the network, a missing token, a refusal: huggingface_hub derives them all from this
-        raise UsageError(f"--push_to_hub: {str(error).splitlines()[0]}; try `hf auth login`") from error
+        if args.validation_prompts_file is not None:
+            lines = read_text(Path(args.validation_prompts_file)).splitlines()
+            args.validation_prompts += [line.strip() for line in lines if line.strip()]
+        derive_class_prompt(args)
+        for sentence, applies in mistakes(args).items():
+            if applies:
+                raise UsageError(sentence)
+        quantization_config(args)
+    except UsageError as error:
+        parser.error(str(error))
+    return args
 
 
-# Copied from train_sap_lora_sd15.push
-def push(args: argparse.Namespace, repo_id: str) -> None:
-    """Upload the LoRA, the card and its pictures; logs, checkpoints and anything else stay here."""
-    upload_folder(
-        repo_id=repo_id,
-        folder_path=args.output_dir,
-        allow_patterns=["pytorch_lora_weights*.safetensors", "README.md", "image_*.png"],
-        commit_message="SAP-LoRA",
-        token=args.hub_token,
-    )
+def derive_class_prompt(args: Namespace) -> None:
+    """Where `--class_prompt` is not given: `--instance_prompt` without `--subject_token`, or without the one word in
+    it that is customary for subjects."""
+    prompt, token = args.instance_prompt, args.subject_token
+    args.class_prompt_lacks = None
+    if args.anchor_weight == 0 or args.class_prompt is not None:
+        return
+    if token is not None:  # where every picture has a caption the instance prompt is not used, and may lack it
+        with contextlib.suppress(ValueError) if args.caption_column else explained("--subject_token"):
+            args.class_prompt = anchor_caption(prompt, token, args.class_token or "")
+        return
+    found = list(re.finditer(r"(?<!\S)(?:sks|zwx|ohwx|xjy|TOK|[VS]\*|\[V\*?\]|<[^<>\s]+>)(?!\S)", prompt))
+    if len(found) == 1:
+        before, word, after = prompt[: found[0].start()].split(), found[0][0], prompt[found[0].end() :].split()
+        article = "an" if " ".join(after)[:1].lower() in tuple("aeiou") else "a"
+        token = f"{before[-1]} {word}" if before[-1:] in (["a"], ["an"]) else word
+        # No article where another word says which one is meant, or where the noun may be plural.
+        said = before[-1:] in (["the"], ["my"], ["your"], ["his"], ["her"], ["our"], ["this"])
+        bare = said or not after or after[0].endswith("s")
+        args.class_prompt = anchor_caption(prompt, token, "" if bare and token == word else article)
+        args.class_prompt_lacks = word
+
+
+def mistakes(args: Namespace) -> dict[str, bool]:
+    """What can be wrong with a command line, a sentence each, and whether it is."""
+    with explained('--aspect_ratio_buckets: write "h,w;h,w", such as "512,512;640,384"'):
+        buckets = parse_buckets_string(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else []
+    with explained("--hub_model_id"):
+        validate_repo_id((args.hub_model_id or Path(args.output_dir).name) if args.push_to_hub else "none")
+    photos = None if args.instance_data_dir is None else Path(args.instance_data_dir)
+    accumulation = str(args.gradient_accumulation_steps)
+    trackers, found = ({str(name) for name in names} - {"all"} for names in (LoggerType, get_available_trackers()))
+    packages = {
+        "--optimizer prodigy": ("prodigyopt", args.optimizer.lower() == "prodigy"),
+        "--use_8bit_adam": ("bitsandbytes", args.use_8bit_adam),
+        "--bnb_quantization_config_path": ("bitsandbytes", args.bnb_quantization_config_path is not None),
+        "--enable_xformers_memory_efficient_attention": ("xformers", args.enable_xformers_memory_efficient_attention),
+        f"--report_to {args.report_to}": (args.report_to, args.report_to in trackers - found),
+        "--dataset_name": ("datasets", args.dataset_name is not None),
+    }
+    return {
+        "pass the subject's pictures once: either --instance_data_dir or --dataset_name":
+            (args.instance_data_dir is None) == (args.dataset_name is None),
+        f"--output_dir: {args.output_dir} is a file; name a folder": Path(args.output_dir).is_file(),
+        "--output_dir is in the folder of the photos, and what is made there would be trained on; take another one":
+            photos is not None and Path(args.output_dir).resolve().is_relative_to(photos.resolve()),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS, which is set, differs from --gradient_accumulation_steps: unset it":
+            os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", accumulation) != accumulation,
+        f"--aspect_ratio_buckets: every edge must be a multiple of {LATENT_STRIDE}":
+            any(edge % LATENT_STRIDE for size in buckets for edge in size),
+        "--class_token replaces --subject_token, which is not given: pass both":
+            args.class_token is not None and args.subject_token is None,
+        'the anchor needs a prompt for the class: --class_prompt, "a photo of a dog" for "a photo of sks dog", '
+        "or --subject_token to derive it, or --anchor_weight 0 to train without it":
+            args.anchor_weight > 0 and args.class_prompt is None and args.subject_token is None,
+        "masks need the anchor, which holds what is outside of them: without it that is destroyed; drop "
+        "--anchor_weight 0": (args.mask_dir or args.alpha_mask) and args.anchor_weight == 0,
+        "--mask_dir and --alpha_mask are two sources of masks: pass one": args.mask_dir and args.alpha_mask,
+        "--use_aspect_ratio_buckets needs diffusers 0.42: update it, or pass --aspect_ratio_buckets":
+            args.use_aspect_ratio_buckets and not hasattr(diffusers.training_utils, "generate_aspect_ratio_buckets"),
+        f"--report_to must be one of {', '.join(sorted(trackers))}, all, none, not {args.report_to}":
+            args.report_to not in trackers | {"all", "none"},
+        **{f"{flag} needs the package {package}, which is not installed: pip install {package}":
+            wanted and importlib.util.find_spec(package) is None for flag, (package, wanted) in packages.items()},
+        "--report_to wandb together with --hub_token would show the token: use `hf auth login`":
+            args.report_to == "wandb" and args.hub_token is not None,
+        **mistakes_of_base(args),
+    }  # fmt: skip
+
+
+def mistakes_of_base(args: Namespace) -> dict[str, bool]:
+    """What Stable Diffusion 3 cannot do."""
+    return {
+        "--snr_gamma is for noise prediction: --weighting_scheme weighs the flow's timesteps; leave it out":
+            args.snr_gamma is not None,
+        "--output_kohya_format has no meaning here: tools that read such files read the diffusers keys of SD3":
+            args.output_kohya_format,
+        "--enable_xformers_memory_efficient_attention is not needed: PyTorch's own attention is used; leave it out":
+            args.enable_xformers_memory_efficient_attention,
+    }  # fmt: skip
+
+
+def quantization_config(args: Namespace, dtype: torch.dtype = torch.float32) -> BitsAndBytesConfig | None:
+    """What `--bnb_quantization_config_path` says; 4-bit weights compute in `dtype` unless the file says otherwise."""
+    path, wanted = args.bnb_quantization_config_path, 'a JSON object such as {"load_in_4bit": true}'
+    if path is None:
+        return None
+    with explained(f"--bnb_quantization_config_path {path} must be {wanted}", AttributeError, TypeError):
+        options = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": dtype} | options)
+        if not config.is_quantizable():
+            raise ValueError("it must ask for load_in_4bit or load_in_8bit")
+        if not torch.accelerator.is_available():
+            raise ValueError("diffusers quantises on a GPU only, and there is none")
+    return config
+
+
+def warn_about_arguments(args: Namespace) -> None:
+    """Say once what was accepted and is not used, and what is hardly meant."""
+    unused = {"with_prior_preservation": False, "class_data_dir": None, "num_class_images": 100,
+              "prior_loss_weight": 1.0, "prior_generation_precision": None, "sample_batch_size": 4}  # fmt: skip
+    given = [f"--{name}" for name, default in unused.items() if getattr(args, name) != default]
+    prodigy, anchor = args.optimizer.lower() == "prodigy", args.class_prompt if args.anchor_weight > 0 else None
+    identifier = args.subject_token or "sks"
+    for sentence, applies in {
+        f"{', '.join(given)}: unused, the anchor of --class_prompt replaces class images": given,
+        "--use_8bit_adam: unused, the optimizer is Prodigy": prodigy and args.use_8bit_adam,
+        f"--learning_rate {args.learning_rate} is small for Prodigy, which expects about 1.0":
+            prodigy and args.learning_rate <= 0.1,
+        "--text_encoder_lr: unused, Prodigy has one rate for all, --learning_rate":
+            prodigy and args.train_text_encoder,
+        "--use_dora --output_kohya_format: no program reads DoRA in this form as it was trained; diffusers reads it "
+        f"in {LORA_FILE}": args.use_dora and args.output_kohya_format,
+        f'--class_prompt "{anchor}" should be --instance_prompt without the word for the subject':
+            anchor and (anchor == args.instance_prompt or identifier in anchor.split()),
+    }.items():  # fmt: skip
+        if applies:
+            logger.warning(sentence)
 
 
 # ---- The run ----
 
 
-# Copied from train_sap_lora_sd15.start_accelerator
-def start_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Set up logging, precision, processes and trackers."""
+def start_accelerator(args: Namespace) -> Accelerator:
+    """Set up logging, precision, processes and the output folder; raises `UsageError` for what cannot work."""
     output_dir = Path(args.output_dir)
-    try:
+    with explained(f"--mixed_precision {args.mixed_precision}, --report_to {args.report_to}"):
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / args.logging_dir)),
-            step_scheduler_with_optimizer=False,
-            dynamo_backend="no",  # of the whole student: see compile_blocks
+            dynamo_backend="no",  # of the whole student: see load_denoiser
+            # SDXL reads its text encoders' last layer but one: the LoRA of the first one's last gets no gradient.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder)],
         )
-    except ValueError as error:
-        raise UsageError(f"--mixed_precision {args.mixed_precision}: {error}") from error
-    check_launch(accelerator)
+    kind = accelerator.distributed_type.value
+    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):  # half-precision LoRA; anchors past the wrapper that gathers
+        raise UsageError(
+            f"accelerate is configured for {kind}, by which this script cannot train: choose distributed_type "
+            "MULTI_GPU; a LoRA's gradients and optimizer state are small, so DDP serves as well"
+        )
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    logger.filters = [lambda record: setattr(record, "msg", printable(record.msg)) or True]
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    if accelerator.is_main_process:
-        check_output_dir(output_dir)
+    with explained(f"--output_dir {output_dir} cannot be written, take another one"):
+        if accelerator.is_main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            (output_dir / ".lock").touch()
     return accelerator
 
 
-# Copied from train_sap_lora_sd15.check_output_dir
-def check_output_dir(output_dir: Path) -> None:
-    """Make the output folder, and a file in it that goes again.
-
-    Raises:
-        UsageError: if that cannot be done.
-    """
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, no other run writes into the folder, if its file system has locks; raises `UsageError` if one does."""
+    lock = FileLock(folder / ".lock")
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"--output_dir {output_dir} cannot be written ({error.strerror}): take another one"
-        ) from error
+        with contextlib.suppress(NotImplementedError):
+            lock.acquire(blocking=False)
+    except Timeout as error:
+        raise UsageError(f"--output_dir {folder}: another run writes into it; wait, or take another one") from error
+    try:
+        for path in folder.glob(".checkpoint-*.*"):  # of a run that was killed while it wrote
+            tidy(path.with_name(path.stem[1:]))
+        yield
+    finally:
+        lock.release()
 
 
-# Copied from train_sap_lora_sd15.check_launch
-def check_launch(accelerator: Accelerator) -> None:
-    """Raise `UsageError` for ways to spread a run over devices that these scripts do not know.
-
-    DeepSpeed casts the LoRA to half precision and keeps the whole base in its checkpoints, as pickles; under FSDP the
-    anchors' forward, which goes past the wrapper, would meet parameters that are not gathered.
-    """
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM):
-        raise UsageError(
-            f"accelerate is configured for {kind.value}, by which this script cannot train: choose distributed_type "
-            "MULTI_GPU; a LoRA's gradients and optimizer state are small, so DDP serves as well"
-        )
-
-
-# Copied from train_sap_lora_sd15.start_trackers
-def start_trackers(accelerator: Accelerator, args: argparse.Namespace) -> None:
-    """Tell the trackers the command line, without secrets."""
-    config = {name: value for name, value in vars(args).items() if name not in SECRETS}
-    accelerator.init_trackers(TRACKER, {k: v for k, v in config.items() if isinstance(v, (int, float, str))})
-
-
-# Copied from train_sap_lora_sd15.announce
 def announce(run: Run) -> None:
-    """Say in plain words what the run will do."""
-    args, images, modules = run.args, run.images, run.adapted().values()
-    trained = sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
+    """Say in plain words what the run will do, and tell the trackers its command line, without secrets."""
+    args, images = run.args, run.images
+    trained = sum(parameter.numel() for parameter in run.student.trained().values())
     captions = len(set(images.captions))
     anchor = f'"{images.anchor_captions[0]}", w = {args.anchor_weight:g}' if args.anchor_weight > 0 else "none (w = 0)"
     batch = args.train_batch_size * args.gradient_accumulation_steps * run.accelerator.num_processes
-    logger.info(f"Pictures: {len(images)}, with {captions} {'captions' if captions > 1 else 'caption'}")
+    logger.info(f"Pictures: {images.count}, with {captions} {'captions' if captions > 1 else 'caption'}")
     logger.info(f'Subject:  "{images.captions[0]}"')
-    logger.info(f"Anchor:   {anchor}")
+    lacks = f' (--instance_prompt without "{args.class_prompt_lacks}"; --class_prompt to say it better)'
+    logger.info(f"Anchor:   {anchor}{lacks if args.class_prompt_lacks else ''}")
     logger.info(f"Training: {args.max_train_steps} steps of {batch} samples, {trained:,} parameters, seed {args.seed}")
     logger.info(f"Output:   {Path(args.output_dir) / LORA_FILE}")
+    small = sum(min(size) < args.resolution for size in images.sizes)
+    each = args.max_train_steps * batch / images.count
+    if each < 50:  # half of what 500 steps of batch 1 give each of five pictures
+        logger.warning(f"Each picture is seen {each:.3g} times, which teaches little: --max_train_steps")
+    if small:
+        logger.warning(f"{small} of {len(images)} pictures are smaller than --resolution {args.resolution}")
+    settings = {name: found for name, found in vars(args).items() if name != "hub_token"}
+    with giving_up(run.accelerator):
+        run.accelerator.init_trackers(TRACKER, {k: v for k, v in settings.items() if isinstance(v, int | float | str)})
 
 
-# Copied from train_sap_lora_sd15.plan
-def plan(args: argparse.Namespace, images: SubjectImages, processes: int) -> None:
-    """Settle what depends on the pictures and the processes: epochs, steps and the scaled learning rate."""
-    batches = MicroStepSampler(images, args, 0, 1).batches_per_epoch
-    args.steps_per_epoch = math.ceil(batches / (processes * args.gradient_accumulation_steps))
-    args.max_train_steps = args.max_train_steps or args.num_train_epochs * args.steps_per_epoch
-    if args.scale_lr:
-        args.learning_rate *= args.gradient_accumulation_steps * args.train_batch_size * processes
-
-
-# Copied from train_sap_lora_sd15.choose_seed
-def choose_seed(args: argparse.Namespace, state: dict) -> int:
-    """The seed of the command line, or of the checkpoint, or a new one; the same on all ranks."""
-    seed = args.seed if args.seed is not None else state.get("seed", secrets.randbelow(2**32))
-    return broadcast_object_list([seed])[0]
-
-
-def finish(run: Run, pictures: list[Image.Image], repo_id: str | None) -> None:
-    """Write the LoRA before anything that can fail; then the last pictures, the card and the upload."""
+def finish(run: Run, images: list[Image.Image], repo_id: str | None) -> None:
+    """The last pictures, the card and the upload: what can fail comes after the LoRA is written."""
     args, folder = run.args, Path(run.args.output_dir)
-    if run.accelerator.is_main_process:
-        write_lora(run, folder)
-    prompt = args.final_validation_prompt or args.validation_prompt
-    if prompt is not None and args.num_validation_images > 0 and not args.skip_final_inference:
-        pictures = validate(run, prompt, "test", args.max_train_steps, **FINAL_SAMPLING)
+    prompts = [args.final_validation_prompt] if args.final_validation_prompt else args.validation_prompts
+    if prompts and args.num_validation_images > 0 and not args.skip_final_inference:
+        images = validate(run, prompts, "test", args.max_train_steps, **FINAL_SAMPLING)
     else:
-        prompt = args.validation_prompt
+        prompts = args.validation_prompts
     if run.accelerator.is_main_process:
-        write_model_card(args, pictures, prompt)
+        write_model_card(args, images, (prompts or [None])[0])
+        write_state(folder / FINISHED_FILE, run, args.max_train_steps)
         if repo_id is not None:
-            push(args, repo_id)
-        logger.info(f"Written: {folder / LORA_FILE}; use it with pipeline.load_lora_weights({args.output_dir!r})")
+            upload(args, repo_id)
+        logger.info(f"Written: {written(folder)}; use it with pipeline.load_lora_weights({args.output_dir!r})")
 
 
-# Copied from train_sap_lora_sd15.main
-def main(args: argparse.Namespace) -> None:
-    """Train as the command line says, through the stages of the module docstring.
+def upload(args: Namespace, repo_id: str) -> None:
+    """Upload the LoRA, its card and its pictures; logs, checkpoints and anything else stay here."""
+    files = ["pytorch_lora_weights*.safetensors", "README.md", "image_*.png"]
+    try:
+        upload_folder(repo_id=repo_id, folder_path=args.output_dir, allow_patterns=files, token=args.hub_token)
+    except (OSError, ValueError) as error:
+        again = f"hf upload {repo_id} {args.output_dir} . --include {' '.join(map(repr, files))}"
+        reason = str(error).splitlines()[0]
+        raise RunError(f"The upload failed ({reason}); all is written. To try again: {again}") from error
 
-    Raises:
-        UsageError: for what the user can mend, before a model is loaded where it can be known then.
-    """
-    with StopSignals() as signals:
-        run_stages(argparse.Namespace(**vars(args)), signals)
 
-
-# Copied from train_sap_lora_sd15.run_stages
-def run_stages(args: argparse.Namespace, signals: StopSignals) -> None:
-    """What `main` does; `args` is settled on the way."""
-    accelerator = start_accelerator(args)
+def run_stages(args: Namespace, accelerator: Accelerator, signals: StopRequests) -> None:
+    """What `main` does, in the folder that it has locked."""
+    output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
     warn_about_arguments(args)
-    check_pipeline(args)
-    checkpoint, finished = find_checkpoint(args, accelerator), read_finished(args)
-    state = read_json(checkpoint / STATE_FILE) if checkpoint is not None else {}
-    start = state.get("global_step", 0)
-    args.seed = choose_seed(args, state or finished)
-    images = load_subject_images(args)
-    plan(args, images, accelerator.num_processes)
-    record = describe_run(args, images, accelerator)
-    if is_finished(args, record, finished):
-        logger.info(
-            f"{args.output_dir} holds the finished run of {finished['max_train_steps']} steps: nothing is left"
-        )
+    check_base(args)
+    scheduler = training_scheduler(args)
+    checkpoint, state = find_checkpoint(args)
+    finished = read_state(output_dir / FINISHED_FILE) if args.resume_from_checkpoint == "latest" else {}
+    if args.seed is None:
+        args.seed = (state or finished).get("seed", secrets.randbelow(2**32))
+    args.seed = broadcast_object_list([args.seed])[0]
+    images = SubjectImages(args)
+    samples = accelerator.num_processes * args.gradient_accumulation_steps
+    args.steps_per_epoch = math.ceil(images.batches_per_epoch / samples)
+    args.max_train_steps = args.max_train_steps or args.num_train_epochs * args.steps_per_epoch
+    args.learning_rate *= samples * args.train_batch_size if args.scale_lr else 1
+    record = describe_run(args, accelerator, images)
+    done = finished and finished["global_step"] >= args.max_train_steps and not differences(finished["run"], record)
+    if done and (KOHYA_FILE in finished["files"] or not args.output_kohya_format):
+        logger.info(f"{output_dir} holds the finished run of {finished['global_step']} steps: nothing is left")
         return
-    if checkpoint is not None:
-        check_same_run(record, state, checkpoint)
-    repo_id = open_repo(args) if args.push_to_hub and accelerator.is_main_process else None
+    if state.get("global_step", 0) > args.max_train_steps:
+        raise UsageError(f"--resume_from_checkpoint {checkpoint} is beyond --max_train_steps {args.max_train_steps}")
+    if checkpoint is not None and differences(state["run"], record):
+        raise UsageError(
+            f"--resume_from_checkpoint {checkpoint} is of another run: {differences(state['run'], record)}; go on "
+            "with what was, or start a new run in another --output_dir"
+        )
+    if args.resume_from_checkpoint == "latest" and checkpoint is None:
+        logger.info(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint, the run starts at step 0")
+    repo_id = None
+    if args.push_to_hub and is_main:
+        with explained("--push_to_hub"):
+            repo_id = create_repo(args.hub_model_id or output_dir.name, exist_ok=True, token=args.hub_token).repo_id
 
-    run = Run(args, accelerator, images, record, signals)
-    for stage in (encode_texts, encode_images, load_denoiser, add_adapters):
-        stage(run)
-        free_memory()  # of what the stage let go
-    register_checkpoint_hooks(run)
+    run = prepare(args, accelerator, images, scheduler=scheduler, record=record, signals=signals)
     announce(run)
-    start_trackers(accelerator, args)
-    if start >= args.max_train_steps:
-        logger.info(f"{checkpoint} already has {start} of {args.max_train_steps} steps: nothing is left to train")
-    if accelerator.is_main_process:
-        (Path(args.output_dir) / FINISHED_FILE).unlink(missing_ok=True)
-    with tqdm(total=args.max_train_steps, initial=start, desc="Steps") as progress:  # closed before an error is told
-        pictures = train(run, checkpoint, start, progress)
-    finish(run, pictures, repo_id)
-    if accelerator.is_main_process:
-        mark_finished(args, record)
+    training = start_training(run, checkpoint, state.get("global_step", 0))
+    if training.step >= args.max_train_steps:
+        steps = f"{training.step} of {args.max_train_steps} steps"
+        logger.info(f"{checkpoint} already has {steps}: nothing is left to train")
+    if is_main:
+        (output_dir / FINISHED_FILE).unlink(missing_ok=True)
+        set_aside(output_dir, record)
+    train_and_keep(run, training)
+    finish(run, training.images, repo_id)
     accelerator.end_training()
 
 
+def main(args: Namespace) -> None:
+    """Train as the command line says; raises `UsageError` for what the user can mend, before a model is loaded."""
+    args = Namespace(**vars(args))  # settled on the way
+    with StopRequests() as signals:
+        accelerator = start_accelerator(args)
+        with locked(Path(args.output_dir)) if accelerator.is_main_process else contextlib.nullcontext():
+            accelerator.wait_for_everyone()
+            run_stages(args, accelerator, signals)
+
+
+class Steady:
+    """A stream whose reader may go (`2>&1 | head`) or whose disk may be full: the run goes on without it."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Steady(sys.stdout), Steady(sys.stderr)
     try:
         main(parse_args())
-    except UsageError as usage_error:
-        print(f"{Path(__file__).name}: error: {usage_error}", file=sys.stderr)
-        sys.exit(2)
-    except (FloatingPointError, OutputError) as training_error:
-        print(f"{Path(__file__).name}: error: {training_error}", file=sys.stderr)
-        sys.exit(1)
+    except (UsageError, RunError) as error:
+        print(f"{Path(__file__).name}: error: {printable(str(error))}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
