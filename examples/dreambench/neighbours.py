@@ -18,7 +18,6 @@ changed but the functions that are replaced here.
 """
 
 import argparse
-import copy
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -61,16 +60,18 @@ def parse_args(input_args: Sequence[str] | None = None, script: ModuleType | Non
     args = argparse.Namespace(**vars(own.script.parse_args([*rest, weight])) | vars(own))
     if args.method == "prior" and (args.class_prompt is None or args.num_class_images < 1):
         parser.error("--method prior needs --class_prompt and at least one of --num_class_images")
+    if args.method == "prior" and args.validation_data_dir is not None:
+        parser.error("--validation_data_dir cannot go with --method prior, whose class pictures take its place")
     return args
 
 
-def make_class_images(args: argparse.Namespace) -> list[Path]:
-    """Class pictures of the untrained base; those that are there already are kept, and then no model is loaded."""
+def make_class_images(args: argparse.Namespace) -> Path:
+    """The folder of class pictures of the untrained base; those that are there are kept."""
     folder = Path(args.class_data_dir or Path(args.output_dir) / "class_images")
     paths = [folder / f"{number:04}.png" for number in range(args.num_class_images)]
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
     if not missing:
-        return paths
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
@@ -85,36 +86,31 @@ def make_class_images(args: argparse.Namespace) -> list[Path]:
         generators = [torch.Generator().manual_seed((args.seed or 0) * 100003 + number) for number in numbers]
         images = pipeline([args.class_prompt] * len(numbers), generator=generators, **options).images
         for number, image in zip(numbers, images, strict=True):
-            partial = paths[number].with_name(f".{number}.partial")
+            partial = paths[number].with_name(f".{number}.{os.getpid()}")
             image.save(partial, format="PNG")
             os.replace(partial, paths[number])
-    return paths
+    return folder
 
 
 def prior(script: ModuleType, args: argparse.Namespace) -> dict[str, Callable]:
-    """Class pictures are encoded with the subject's, but batches are dealt of the subject's alone.
+    """Class pictures are encoded with the subject's, as pictures that are held out, so batches never hold them.
 
     Each micro-step gets a second one of as many class pictures, with noise and timesteps of its own.
     """
-    files, loss_terms, of_class = make_class_images(args), script.loss_terms, {}
+    folder, loss_terms, draw, of_class = make_class_images(args), script.loss_terms, script.draw_micro_step, {}
 
-    def load_subject_images(args):
-        images = subject_images(args)
-        prompts = [args.class_prompt] * len(files)
-        captions, anchor_captions = [*images.captions, *prompts], [*images.anchor_captions, *prompts]
-        return script.SubjectImages([*images.images, *files], captions, anchor_captions, args)
-
-    class SubjectSampler(script.MicroStepSampler):
-        def __init__(self, images, *rest):
-            subjects = copy.copy(images)
-            subjects.windows = images.windows[: -len(files)]
-            super().__init__(subjects, *rest)
+    class SubjectImages(script.SubjectImages):
+        def __init__(self, args):
+            super().__init__(argparse.Namespace(**vars(args) | {"validation_data_dir": str(folder)}))
+            self.captions[self.count :] = [args.class_prompt] * len(self.held_out)
 
     def draw_micro_step(run, index, items):
-        key = (run.args.seed, run.accelerator.process_index, index, "class")
-        numbers = torch.randint(len(files), (len(items),), generator=script.keyed_generator(*key)).tolist()
-        first = len(run.images) - len(files)
-        others = [run.images[first + number, (*key, i)] for i, number in enumerate(numbers)]
+        images, key = run.images, (run.args.seed, run.accelerator.process_index, index, "class")
+        generator = script.keyed_generator(*key)
+        numbers = torch.randint(images.count, len(images), (len(items),), generator=generator).tolist()
+        others = [images[number, (*key, i)] for i, number in enumerate(numbers)]
+        if not images.cacheable:
+            script.encode_crops(run, [(index, others)])
         of_class[index] = draw(run, -1 - index, others)
         return draw(run, index, items)
 
@@ -123,33 +119,28 @@ def prior(script: ModuleType, args: argparse.Namespace) -> dict[str, Callable]:
         class_loss, *_ = loss_terms(of_class.pop(step.index), None, student, args)
         return loss + args.strength * class_loss, reconstruction, class_loss
 
-    subject_images, draw = script.load_subject_images, script.draw_micro_step
-    return {
-        "load_subject_images": load_subject_images,
-        "MicroStepSampler": SubjectSampler,
-        "draw_micro_step": draw_micro_step,
-        "loss_terms": with_class,
-    }
+    return {"SubjectImages": SubjectImages, "draw_micro_step": draw_micro_step, "loss_terms": with_class}
 
 
 def dco(script: ModuleType, args: argparse.Namespace) -> dict[str, Callable]:
     """-log sigmoid(-beta (L_student - L_frozen)) of each sample; the anchor's prompt is the subject's own."""
 
-    def load_subject_images(args):
-        images = subject_images(args)
-        images.anchor_captions = list(images.captions)
-        return images
+    class SubjectImages(script.SubjectImages):
+        def caption_all(self, captions):
+            super().caption_all(captions)
+            self.anchor_captions = list(self.captions)
 
     def loss_terms(step, anchor, student, args):
         prediction = student(step.model_input, step.timesteps, step.conditioning, step.prompts)
         prediction, frozen = script.to_target_space(prediction, step), script.to_target_space(anchor, step)
-        errors = [(step.sample_weights * (step.target - one) ** 2).flatten(1).mean(1) for one in (prediction, frozen)]
+        weights = step.sample_weights * step.mask
+        errors = [(weights * (step.target - one) ** 2).flatten(1).mean(1) for one in (prediction, frozen)]
         loss = -F.logsigmoid(-args.strength * (errors[0] - errors[1])).mean()
-        _, *parts = script.semantic_anchor_loss(prediction, step.target, frozen, 0.0, step.sample_weights)
+        options = (frozen, 0.0, step.sample_weights, step.mask)
+        _, *parts = script.semantic_anchor_loss(prediction, step.target, *options)
         return loss, *parts
 
-    subject_images = script.load_subject_images
-    return {"load_subject_images": load_subject_images, "loss_terms": loss_terms}
+    return {"SubjectImages": SubjectImages, "loss_terms": loss_terms}
 
 
 def dop(script: ModuleType, args: argparse.Namespace) -> dict[str, LossTerms]:
@@ -185,15 +176,17 @@ def main(args: argparse.Namespace) -> None:
     """Train as the script does, with the method's functions in place of its own."""
     args = argparse.Namespace(**vars(args))
     script = vars(args).pop("script")  # what is left is recorded in checkpoints
-    args.class_data_dir = args.class_data_dir and str(args.class_data_dir)
-    with patch.multiple(script, **METHODS[args.method](script, args)):
-        script.main(args)
+    functions = METHODS[args.method](script, args)
+    unused = {"class_data_dir": None, "num_class_images": 100}  # flags of the script, too, which it warns of
+    with patch.multiple(script, **functions):
+        script.main(argparse.Namespace(**vars(args) | unused))
 
 
 if __name__ == "__main__":
     arguments = parse_args()
+    script = arguments.script
     try:
         main(arguments)
-    except arguments.script.UsageError as error:
+    except (script.UsageError, script.RunError) as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, script.UsageError) else 1)
