@@ -209,7 +209,7 @@ def test_flags_that_the_script_refuses_start_no_job(tmp_path):
 
 def test_the_real_script_reads_its_flags_before_the_jobs(scripts, tmp_path, monkeypatch):
     monkeypatch.setattr(scripts["train"], "start_ray", lambda args: pytest.fail("a job would have started"))
-    with pytest.raises(ValueError, match="FLAGS: --rank must be at least 1"):
+    with pytest.raises(ValueError, match="FLAGS: argument --rank: must be at least 1"):
         scripts["train"].main(train_args(scripts, tmp_path, passed=[*QUICK, "--rank=0"]))
 
 

@@ -6,20 +6,24 @@
 
 Many trainings share a process, so that one costs its steps and not its start. Parts, in this order:
 
-    grid        w of 0, .5 and 1 and prior preservation with all seeds; .25, .75 and the finetuned anchor with fewer
-    frontier    w = 0 at a quarter of the rate, and of an eighth of the rank; every w = 0 is scored at four steps
-    neighbours  DCO, differential output preservation, L2 on the LoRA, one seed each
-    rates       w = .5 and prior preservation at half and twice the rate, on the tuning subjects, one seed
-    budget      both at the best of their three rates (tuning subjects), on the other subjects, all seeds
+    core        w of 0, .5 and 1, and prior preservation, with all seeds
+    curve       w of .25 and .75, and the finetuned anchor
+    masks       w of .25 and .5 with exact masks of the subjects
+    frontier    w = 0 at a quarter of the rate, and of an eighth of the rank; every w = 0 is drawn at four steps
+    rates       w = .5 and prior preservation at half and twice the rate, on the tuning subjects
+    budget      both at the best of their three rates (tuning subjects), on the other subjects
+    neighbours  DCO, differential output preservation, L2 on the LoRA
 
-What is there is not done again, so parts and backbones can be asked for one by one, and a stopped command goes on.
-Writes loras/RUN-seedS/SUBJECT/, images/METHOD/ as evaluate.py reads it, and drift/BACKBONE/SUBJECT/drift.csv.
+Each part has as many of --seeds as `plan` says. What is there is not done again, so parts, seeds and backbones can be
+asked for one by one, and a stopped command goes on. Writes loras/RUN-seedS/SUBJECT/, images/METHOD/ as evaluate.py
+reads it, plain/images/METHOD/ (pictures of a prompt that names no scene), and drift/BACKBONE/SUBJECT/drift.csv.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -31,18 +35,23 @@ from pathlib import Path
 import evaluate
 import generate
 import neighbours
+import numpy as np
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from benchmark import HelpFormatter, load_script, read_benchmark
+from benchmark import PROMPTS_FILE, HelpFormatter, load_script, read_benchmark
+from PIL import Image
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = ROOT / "examples" / "tiny_world"
 DRIFT = ROOT / "examples" / "analysis" / "drift.py"
-PARTS = ("grid", "frontier", "neighbours", "rates", "budget")
+PARTS = ("core", "curve", "masks", "frontier", "rates", "budget", "neighbours")
 RATE, RANK = 2e-3, 16
-QUARTERS = (0.25, 0.5, 0.75, 1.0)
+EARLY = (0.125, 0.25, 0.5)  # shares of the steps at which w = 0 is drawn too, as if it had been stopped there
+EQUAL_COMPUTE = 0.75  # share of the steps at which prior preservation has cost what the anchor costs in all of them
+TUNING_SUBJECTS = ("star2", "fish2")
 SAP, PRIOR = "w0.5-pretrained", "prior"  # the two that are compared at equal budget
-CLASS_IMAGES = ["--num_class_images=24", "--sampling_steps=20", "--guidance_scale=3"]
+CLASS_IMAGES = ["--num_class_images=24", "--sampling_steps=10", "--guidance_scale=3"]
+PLAIN_PROMPT, PLAIN_IMAGES = "a photo of {0} {1}", 6  # a prompt that names no scene, and how often it is drawn
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,10 @@ class Run:
     flags: tuple[str, ...]
     seeds: int | None = None  # as many of --seeds; None: all
     subjects: str = "all"  # or "tuning", or "scored": the others
-    scored: tuple[float, ...] = (1.0,)  # shares of the steps at which pictures are drawn
+    early: tuple[float, ...] = ()  # shares of the steps at which pictures are drawn, before the last one
+    kept: tuple[float, ...] = ()  # shares at which drift is measured, before the last one; `early` among them
+    plain: bool = False  # whether the prompt without a scene is drawn
+    masked: bool = False
     method: str = "sap"
     tags: dict = field(default_factory=dict)
 
@@ -65,7 +77,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output_dir", type=Path, required=True, help="folder of everything")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="some of the parts")
     add("--subjects", nargs="+", help="some of the tiny world's subjects; all by default")
-    add("--tuning_subjects", nargs="+", default=["star2", "fish2"], help="on which rates are chosen")
+    add("--tuning_subjects", nargs="+", default=TUNING_SUBJECTS, help="on which rates are chosen")
     add(
         "--seeds",
         nargs="+",
@@ -73,14 +85,14 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=[0, 1, 2],
         help="of the trainings; the first ones where there are fewer",
     )
-    add("--steps", type=int, default=200, help="of every training, a multiple of 4")
+    add("--steps", type=int, default=200, help="of every training, a multiple of 8")
     add("--train_batch_size", type=int, default=2, help="of every training")
     add("--prompts", nargs="+", type=int, help="numbers of some prompts; all by default")
     add("--processes", type=int, default=1, help="trainings side by side, a CPU core each")
     add("--world", type=Path, default=WORLD, help="folder of pipelines, data and metric models")
     args = parser.parse_args(arguments)
-    if args.steps < 4 or args.steps % 4:
-        parser.error(f"--steps must be a multiple of 4, not {args.steps}")
+    if args.steps < 8 or args.steps % 8:
+        parser.error(f"--steps must be a multiple of 8, not {args.steps}")
     try:
         args.benchmark = read_benchmark(args.world / "dataset")
     except ValueError as error:
@@ -95,12 +107,14 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def anchored(w: float, source: str = "pretrained", rate: float = RATE, rank: int = RANK, **options) -> Run:
-    """A run of the training script itself. Only the grid's points get the tags of the paper's figures."""
+    """A run of the training script itself. Only the points of the paper's figures have no label of their own."""
     name = f"w{w:g}-{source}"
     tags = {"w": w, "anchor": source, "rate": rate, "rank": rank}
     if (rate, rank) != (RATE, RANK):
         name += f"-rate{rate:g}" if rate != RATE else f"-rank{rank}"
         tags["label"] = f"w = {w:g}, " + (f"rate {rate:g}" if rate != RATE else f"rank {rank}")
+    if options.get("masked"):
+        name, tags["label"] = f"{name}-masked", f"w = {w:g}, masked"
     flags = (f"--anchor_weight={w:g}", f"--anchor_source={source}", f"--learning_rate={rate:g}", f"--rank={rank}")
     return Run(name, flags, tags=tags, **options)
 
@@ -113,20 +127,27 @@ def neighbour(method: str, rate: float = RATE, **options) -> Run:
 
 def plan(part: str, args: argparse.Namespace) -> list[Run]:
     """The runs of a part."""
-    if part == "grid":
-        runs = [anchored(0, scored=QUARTERS), anchored(0.5), anchored(1), neighbour(PRIOR, scored=QUARTERS[2:])]
-        return [*runs, anchored(0.25, seeds=1), anchored(0.75, seeds=1), anchored(0.5, "finetuned", seeds=2)]
+    if part == "core":
+        at_equal_compute = {"early": (EQUAL_COMPUTE,), "kept": (0.25, 0.5, EQUAL_COMPUTE)}
+        runs = [anchored(0, early=EARLY, kept=EARLY, plain=True), anchored(0.5, kept=(0.25, 0.5), plain=True)]
+        return [*runs, anchored(1, kept=(0.25, 0.5), plain=True), neighbour(PRIOR, plain=True, **at_equal_compute)]
+    if part == "curve":
+        runs = [anchored(0.25, seeds=2, plain=True), anchored(0.5, "finetuned", seeds=2)]
+        return [*runs, anchored(0.75, seeds=1)]
+    if part == "masks":
+        return [anchored(w, masked=True, seeds=2, plain=True) for w in (0.5, 0.25)]
     if part == "frontier":
-        slower = anchored(0, rate=RATE / 4, seeds=1, scored=QUARTERS)
-        return [slower, anchored(0, rank=RANK // 8, seeds=1, scored=QUARTERS)]
+        slower = anchored(0, rate=RATE / 4, seeds=1, early=EARLY, kept=EARLY)
+        return [slower, anchored(0, rank=RANK // 8, seeds=1, early=EARLY, kept=EARLY)]
     if part == "neighbours":
-        return [neighbour(method, seeds=1) for method in ("dco", "dop", "l2")]
+        return [neighbour(method, seeds=1, plain=True) for method in ("dco", "dop", "l2")]
     if part == "rates":
         rates = [{"rate": rate, "seeds": 1, "subjects": "tuning"} for rate in (RATE / 2, RATE * 2)]
         return [run for rate in rates for run in (anchored(0.5, **rate), neighbour(PRIOR, **rate))]
-    best = {name: best_rate(args, name) for name in (SAP, PRIOR)}  # where it is RATE, the grid has it already
-    runs = [anchored(0.5, rate=best[SAP], subjects="scored")] if best[SAP] != RATE else []
-    options = {"rate": best[PRIOR], "subjects": "scored", "scored": QUARTERS[2:]}
+    best = {name: best_rate(args, name) for name in (SAP, PRIOR)}  # where it is RATE, the core has it already
+    runs = [anchored(0.5, rate=best[SAP], seeds=2, subjects="scored")] if best[SAP] != RATE else []
+    options = {"rate": best[PRIOR], "seeds": 2, "subjects": "scored"}
+    options |= {"early": (EQUAL_COMPUTE,), "kept": (EQUAL_COMPUTE,)}
     return runs + ([neighbour(PRIOR, **options)] if best[PRIOR] != RATE else [])
 
 
@@ -164,7 +185,7 @@ def score(args: argparse.Namespace, methods: Sequence[str]) -> dict[str, dict]:
     """evaluate.py's scores of some methods."""
     missing = [name for name in methods if not (args.output_dir / "images" / name).is_dir()]
     if missing:
-        raise ValueError(f"--parts budget needs {missing[0]}: run the parts grid and rates before")
+        raise ValueError(f"--parts budget needs {missing[0]}: run the parts core and rates before")
     folders = [f"--images_dir={args.output_dir / 'images'}", f"--output_dir={args.output_dir / 'rates'}"]
     models = [f"--clip_model={args.world / 'clip'}", f"--dino_model={args.world / 'vit'}"]
     forget_accelerate()
@@ -172,6 +193,41 @@ def score(args: argparse.Namespace, methods: Sequence[str]) -> dict[str, dict]:
         evaluate.parse_args([f"--data_dir={args.world / 'dataset'}", *folders, *models, "--methods", *methods])
     )
     return json.loads((args.output_dir / "rates" / "scores.json").read_text(encoding="utf-8"))["methods"]
+
+
+# --- What the world gives ------------------------------------------------------------------------------------------
+
+
+def make_masks(args: argparse.Namespace) -> None:
+    """masks/SUBJECT/00.png for each reference: how much of a pixel the thing covers, as the world draws it."""
+    world = load_script(WORLD / "world.py")
+    for subject in args.subjects:
+        rng = np.random.default_rng(list(world.SUBJECTS).index(subject) + 1000)  # as in world.references
+        first, second = world.SUBJECT_SCENES[subject]
+        for number, scene in enumerate((first, first, first, second, second)):
+            look, setting = world.SUBJECTS[subject], world.random_setting(rng, scene, hat=False)
+            photo = args.benchmark.references(subject)[number]
+            if not np.array_equal(np.asarray(Image.open(photo).convert("RGB")), world.draw(look, setting)):
+                raise ValueError(f"--world: {photo} is not what {WORLD / 'world.py'} draws: make the dataset again")
+            grounds = [np.full((world.SIZE, world.SIZE, 3), level, np.float32) for level in (0, 255)]
+            for ground in grounds:
+                world.draw_thing(ground, look, setting)
+            cover = 255 - (grounds[1] - grounds[0]).mean(-1)  # the ground does not show where the thing covers it
+            path = args.output_dir / "masks" / subject / photo.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(cover.clip(0, 255).round().astype(np.uint8)).save(path)
+
+
+def make_plain_benchmark(args: argparse.Namespace) -> None:
+    """plain/dataset: the same subjects with one prompt, which names no scene."""
+    folder = args.output_dir / "plain" / "dataset"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = "".join(f"{subject},{kind}\n" for subject, kind in args.benchmark.classes.items())
+    text = f'Classes\n\nsubject_name,class\n{rows}\nPrompts\n\nprompt_list = [\n"{PLAIN_PROMPT}",\n]\n'
+    (folder / PROMPTS_FILE).write_text(text, encoding="utf-8")
+    for subject in args.benchmark.subjects():
+        if not (folder / subject).exists():
+            shutil.copytree(args.world / "dataset" / subject, folder / subject)
 
 
 # --- The work -----------------------------------------------------------------------------------------------------
@@ -192,12 +248,29 @@ def start_worker(args: argparse.Namespace) -> None:
     SCRIPT = load_script(ROOT / f"train_sap_lora_{args.backbone}.py")
 
 
+def class_flags(args: argparse.Namespace, kind: str) -> list[str]:
+    """Flags of neighbours.py for class pictures that all trainings of a class share."""
+    folder = args.output_dir / "class_images" / args.backbone / kind
+    return [f"--backbone={args.backbone}", f"--class_data_dir={folder}", *CLASS_IMAGES]
+
+
+def draw_class(args: argparse.Namespace, kind: str) -> None:
+    """The class pictures of prior preservation, before anything trains."""
+    flags = [
+        f"--pretrained_model_name_or_path={args.world / args.backbone}",
+        *("--instance_data_dir=unused", "--instance_prompt=unused", f"--class_prompt=a photo of a {kind}"),
+        *("--seed=0", "--resolution=64"),
+    ]
+    neighbours.make_class_images(neighbours.parse_args(["--method=prior", *class_flags(args, kind), *flags], SCRIPT))
+
+
 def train(args: argparse.Namespace, run: Run, seed: int, subject: str) -> None:
-    """One LoRA, with a checkpoint at each quarter that is scored; its seconds of CPU go to seconds.json."""
+    """One LoRA, with a checkpoint at each share that is kept; its seconds of CPU go to seconds.json."""
     folder = args.output_dir / "loras" / f"{args.backbone}-{run.name}-seed{seed}" / subject
-    if (folder / "finished_run.json").is_file():
+    if (folder / "seconds.json").is_file():
         return
     kind = args.benchmark.classes[subject]
+    kept = [round(share * args.steps) for share in run.kept]
     flags = [
         f"--pretrained_model_name_or_path={args.world / args.backbone}",
         f"--instance_data_dir={args.world / 'dataset' / subject}",
@@ -207,9 +280,10 @@ def train(args: argparse.Namespace, run: Run, seed: int, subject: str) -> None:
         f"--seed={seed}",
         f"--max_train_steps={args.steps}",
         f"--train_batch_size={args.train_batch_size}",
-        f"--checkpointing_steps={args.steps // 4 if len(run.scored) > 1 else args.steps}",
+        f"--checkpointing_steps={min([*kept, args.steps])}",
         f"--logging_steps={args.steps}",
         *("--resolution=64", "--center_crop", "--skip_final_inference", "--report_to=none"),
+        *([f"--mask_dir={args.output_dir / 'masks' / subject}"] if run.masked else []),
         *("--resume_from_checkpoint=latest", *run.flags),
     ]
     forget_accelerate()
@@ -217,23 +291,27 @@ def train(args: argparse.Namespace, run: Run, seed: int, subject: str) -> None:
     if run.method == "sap":
         SCRIPT.main(SCRIPT.parse_args(flags))
     else:
-        classes = args.output_dir / "class_images" / args.backbone / f"{kind}-seed{seed}"
-        own = [f"--method={run.method}", f"--backbone={args.backbone}", f"--class_data_dir={classes}", *CLASS_IMAGES]
-        neighbours.main(neighbours.parse_args([*own, *flags], SCRIPT))
+        neighbours.main(neighbours.parse_args([f"--method={run.method}", *class_flags(args, kind), *flags], SCRIPT))
+    for checkpoint in folder.glob("checkpoint-*"):
+        if int(checkpoint.name.removeprefix("checkpoint-")) not in kept:
+            shutil.rmtree(checkpoint)
     (folder / "seconds.json").write_text(json.dumps(round(time.process_time() - started, 1)))
 
 
-def draw(args: argparse.Namespace, name: str, subjects: Sequence[str], tags: dict, loras: str | None = None) -> None:
-    """The pictures of one method, one a prompt, by generate.py."""
+def draw(args: argparse.Namespace, name: str, subjects: Sequence[str], tags: dict, plain=False, loras="") -> None:
+    """The pictures of one method by generate.py: one of each prompt, or several of the prompt without a scene."""
+    data, images = args.world / "dataset", args.output_dir / "images"
+    if plain:
+        data, images = args.output_dir / "plain" / "dataset", args.output_dir / "plain" / "images"
     flags = [
         f"--pretrained_model_name_or_path={args.world / args.backbone}",
-        f"--data_dir={args.world / 'dataset'}",
-        f"--images_dir={args.output_dir / 'images'}",
+        f"--data_dir={data}",
+        f"--images_dir={images}",
         f"--method={name}",
-        *("--subjects", *subjects, "--images=1", "--resolution=64", "--batch_size=12"),
-        *("--num_inference_steps=20", "--guidance_scale=3"),
+        *("--subjects", *subjects, f"--images={PLAIN_IMAGES if plain else 1}", "--resolution=64", "--batch_size=12"),
+        *("--num_inference_steps=10", "--guidance_scale=3"),
         *(["--loras", loras] if loras else []),
-        *(["--prompts", *map(str, args.prompts)] if args.prompts else []),
+        *(["--prompts", *map(str, args.prompts)] if args.prompts and not plain else []),
         *(["--max_sequence_length=77"] if args.backbone == "sd3" else []),
         *("--tags", *(f"{key}={value}" for key, value in tags.items())),
     ]
@@ -241,33 +319,47 @@ def draw(args: argparse.Namespace, name: str, subjects: Sequence[str], tags: dic
     generate.main(generate.parse_args(flags))
 
 
-def work(args: argparse.Namespace, run: Run, seed: int) -> int:
-    """All LoRAs of a run with one seed, and their pictures; how many LoRAs that are."""
-    subjects = subjects_of(run, args)
-    for subject in subjects:
-        train(args, run, seed, subject)
-    for share in run.scored:
+def draw_base(args: argparse.Namespace) -> None:
+    """The pictures of the base model, on the class prompts."""
+    for plain in (False, True):
+        tags = {"backbone": args.backbone, "run": "base", "steps": 0}
+        draw(args, f"{args.backbone}-base", args.subjects, tags, plain)
+
+
+def work(args: argparse.Namespace, run: Run, seed: int) -> tuple[int, str]:
+    """All LoRAs of a run with one seed, and their pictures; how many LoRAs, and what ended them early, if something
+    did: a loss that is not finite ends this run and no other."""
+    subjects, name = subjects_of(run, args), f"{args.backbone}-{run.name}-seed{seed}"
+    try:
+        for subject in subjects:
+            train(args, run, seed, subject)
+    except SCRIPT.RunError as error:  # a class that only this process knows
+        return len(subjects), f"{name}: {error}"
+    folder, tags = args.output_dir / "loras" / name / "{subject}", {"backbone": args.backbone, "run": run.name}
+    tags |= run.tags | {"seed": seed, "steps": args.steps}
+    draw(args, name, subjects, tags, loras=str(folder))
+    if run.plain:
+        draw(args, name, subjects, tags, True, str(folder))
+    for share in run.early:
         step = round(share * args.steps)
-        folder = args.output_dir / "loras" / f"{args.backbone}-{run.name}-seed{seed}" / "{subject}"
-        tags = run.tags | {"backbone": args.backbone, "run": run.name, "seed": seed, "steps": step}
-        if step != args.steps:  # the paper's figures have last steps only
-            folder /= f"checkpoint-{step}"
-            tags["label"] = f"{tags.get('label', run.name)}, {step} steps"
-        draw(args, method_name(args, run.name, seed, step), subjects, tags, str(folder))
-    return len(subjects)
+        early = tags | {"steps": step, "label": f"{tags.get('label', run.name)}, {step} steps"}
+        method = method_name(args, run.name, seed, step)
+        draw(args, method, subjects, early, loras=str(folder / f"checkpoint-{step}"))
+    return len(subjects), ""
 
 
 def run_part(part: str, args: argparse.Namespace, pool: ProcessPoolExecutor) -> None:
     """Train and draw; a run whose loss is not finite any more is told, and the others go on."""
     units = [(run, seed) for run in plan(part, args) if subjects_of(run, args) for seed in seeds_of(run, args)]
-    futures = {pool.submit(work, args, run, seed): f"{run.name}-seed{seed}" for run, seed in units}
+    units.sort(key=lambda unit: unit[1])  # all of a seed before the next one: half a part is of use, too
+    futures = [pool.submit(work, args, run, seed) for run, seed in units]
     total = sum(len(subjects_of(run, args)) for run, _ in units)
     with tqdm(total=total, desc=f"{args.backbone}, {part}", unit="LoRA") as bar:
         for future in as_completed(futures):
-            try:
-                bar.update(future.result())
-            except FloatingPointError as error:
-                tqdm.write(f"{futures[future]}: {error}")
+            count, trouble = future.result()
+            bar.update(count)
+            if trouble:
+                tqdm.write(trouble)
 
 
 def measure_drift(args: argparse.Namespace, subject: str) -> None:
@@ -292,10 +384,15 @@ def measure_drift(args: argparse.Namespace, subject: str) -> None:
 def main(args: argparse.Namespace) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    make_masks(args)
+    make_plain_benchmark(args)
     context = multiprocessing.get_context("spawn")
     options = {"mp_context": context, "initializer": start_worker, "initargs": (args,)}
     with ProcessPoolExecutor(args.processes, **options) as pool:
-        pool.submit(draw, args, f"{args.backbone}-base", args.subjects, {"backbone": args.backbone}).result()
+        kinds = {args.benchmark.classes[subject]: None for subject in args.subjects}
+        before = [pool.submit(draw_base, args), *(pool.submit(draw_class, args, kind) for kind in kinds)]
+        for future in before:
+            future.result()
         for part in args.parts:
             run_part(part, args, pool)
         measured = [pool.submit(measure_drift, args, subject) for subject in args.subjects]
