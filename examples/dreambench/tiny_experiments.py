@@ -258,8 +258,8 @@ def draw_class(args: argparse.Namespace, kind: str) -> None:
     """The class pictures of prior preservation, before anything trains."""
     flags = [
         f"--pretrained_model_name_or_path={args.world / args.backbone}",
-        *("--instance_data_dir=unused", "--instance_prompt=unused", f"--class_prompt=a photo of a {kind}"),
-        *("--seed=0", "--resolution=64"),
+        f"--instance_data_dir={args.world / 'dataset' / args.subjects[0]}",  # the script wants one
+        *("--instance_prompt=unused", f"--class_prompt=a photo of a {kind}", "--seed=0", "--resolution=64"),
     ]
     neighbours.make_class_images(neighbours.parse_args(["--method=prior", *class_flags(args, kind), *flags], SCRIPT))
 
