@@ -37,7 +37,8 @@ COMMANDS = {
                    "--gradient_accumulation_steps=4 --validation_epochs=25 "
                    "--pretrained_model_name_or_path=playgroundai/playground-v2.5-1024px-aesthetic"),
     "sd3": (sd3, SHARED + "--instance_data_dir=dog --output_dir=trained-sd3-lora --resolution=512 "
-            "--learning_rate=4e-4 --validation_epochs=25 --pretrained_model_name_or_path=stabilityai/stable-diffusion-3-medium-diffusers"),
+            "--learning_rate=4e-4 --validation_epochs=25 "
+            "--pretrained_model_name_or_path=stabilityai/stable-diffusion-3-medium-diffusers"),
     "sd3, text encoders": (sd3, SHARED + '--dataset_name="Norod78/Yarn-art-style" --train_text_encoder --rank=32 '
                            '--instance_prompt="a photo of TOK yarn art dog" --optimizer="prodigy" --learning_rate=1.0 '
                            "--text_encoder_lr=1.0 --output_dir=trained-sd3-lora "
