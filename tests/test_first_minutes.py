@@ -2,8 +2,12 @@
 """The first minutes of three newcomers: a hobbyist with phone photos, a diffusers user, a researcher."""
 
 import json
+import os
+import re
 import shlex
 import shutil
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -12,7 +16,7 @@ import tiny_pipelines
 import torch
 from huggingface_hub import errors
 from PIL import Image
-from runner import LORA_FILE, assert_equal, flags, lora, train, without
+from runner import LORA_FILE, ROOT, assert_equal, flags, lora, train, without
 
 import train_sap_lora_sd3 as sd3
 import train_sap_lora_sd15 as sap
@@ -240,3 +244,13 @@ def test_the_finished_mark_names_the_step(sd15, photos, tmp_path):
     assert (state["format"], state["global_step"]) == (sap.STATE_FORMAT, 2)
     assert Image.MAX_IMAGE_PIXELS is not None  # reading pictures leaves Pillow's guard alone
     assert torch.is_grad_enabled()
+
+
+def test_nothing_foreign_is_said_before_our_first_line(sd15, photos, tmp_path):
+    command = [sys.executable, ROOT / f"{SCRIPT}.py", *flags(sd15, photos, tmp_path / "out")]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [line.split("\r")[-1] for line in result.stderr.splitlines() if not re.search(r"\d+%\||^\s*$", line)]
+    assert lines[0].startswith("Pictures: ")
