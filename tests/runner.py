@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run the scripts in tests: in this process, which is fast, or as a user does, through a launcher."""
 
+import argparse
 import importlib
 import os
 import subprocess
@@ -69,20 +70,22 @@ def make_run(script: str, arguments: list[str]):
     module = importlib.import_module(script)
     reset()
     args = module.parse_args(arguments)
-    accelerator = module.start_accelerator(args)
-    images = module.load_subject_images(args)
-    module.plan(args, images, accelerator.num_processes)
-    run = module.Run(args, accelerator, images)
-    for stage in (module.encode_texts, module.encode_images, module.load_denoiser, module.add_adapters):
-        stage(run)
-    return module, run
+    accelerator, images = module.start_accelerator(args), module.SubjectImages(args)
+    more = {"scheduler": module.training_scheduler(args), "record": {}, "signals": module.StopRequests()}
+    return module, module.prepare(args, accelerator, images, **more)
+
+
+def items_of(module, run, index: int = 0) -> list[dict]:
+    """The samples of the run's micro-step `index`, as its draws and the VAE give them."""
+    (items,) = run.images.batches(run.images.draws(0, 1, index, index + 1))
+    if not run.images.cacheable:
+        module.encode_crops(run, [(index, items)])
+    return items
 
 
 def draw(module, run, index: int = 0):
     """The run's micro-step `index`, with its anchor."""
-    sampler = module.MicroStepSampler(run.images, run.args, 0, 1)
-    sampler.start, sampler.stop = index, index + 1
-    step = module.draw_micro_step(run, index, [run.images[one] for one in next(iter(sampler))])
+    step = module.draw_micro_step(run, index, items_of(module, run, index))
     return step, anchors_of(module, run, [step])[0]
 
 
@@ -90,18 +93,21 @@ def anchors_of(module, run, steps: list, batch_size: int = 4, source: str = "pre
     """Anchors of several micro-steps, computed as in training."""
     inputs = [(step.model_input, step.timesteps, step.anchor_conditioning) for step in steps]
     with run.accelerator.autocast():
-        return module.predict_anchors(run.denoiser, module.denoise, inputs, batch_size, source)
+        return module.predict_anchors(run.student.denoiser, module.denoise, inputs, batch_size, source)
 
 
 def randomise_adapters(run) -> None:
     """LoRA layers start without effect: give them one."""
     torch.manual_seed(1)
-    for module in run.adapted().values():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.05 * torch.randn_like(parameter)
+    for parameter in run.student.trained().values():
+        parameter.data += 0.05 * torch.randn_like(parameter)
 
 
 def without(arguments: list[str], *names: str) -> list[str]:
     """A command line without some flags."""
     return [argument for argument in arguments if argument.split("=")[0] not in names]
+
+
+def parser_of(script: str) -> argparse.ArgumentParser:
+    """The parser that a script's command line is read with."""
+    return importlib.import_module(script).make_parser()
