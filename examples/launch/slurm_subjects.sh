@@ -3,7 +3,8 @@
 # A SLURM array with one subject a job, a line "FOLDER<tab>CLASS" of subjects.tsv each:
 #     sbatch --array=1-$(wc -l < subjects.tsv) examples/launch/slurm_subjects.sh subjects.tsv OUTPUT
 # A job that is stopped (SLURM sends SIGTERM to all that srun started) writes a checkpoint, and goes on from it when it
-# is queued again.
+# is queued again. The trainer is started by python itself: `accelerate launch` would end at once, and SLURM would kill
+# the trainer with it, before the checkpoint is written.
 #SBATCH --job-name=sap-lora
 #SBATCH --gres=gpu:1
 #SBATCH --cpus-per-task=4
@@ -16,7 +17,7 @@ SUBJECTS=$1 OUTPUT=$2
 ROOT=${SLURM_SUBMIT_DIR:-$PWD}
 IFS=$'\t' read -r PHOTOS CLASS < <(sed -n "${SLURM_ARRAY_TASK_ID}p" "$SUBJECTS")
 
-exec srun accelerate launch --config_file "$ROOT/examples/launch/one_gpu_bf16.yaml" "$ROOT/train_sap_lora_sd15.py" \
+exec srun python "$ROOT/train_sap_lora_sd15.py" --mixed_precision bf16 \
   --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --instance_data_dir "$PHOTOS" \
   --instance_prompt "a photo of sks $CLASS" --class_prompt "a photo of a $CLASS" \
   --output_dir "$OUTPUT/$(basename "$PHOTOS")" \
