@@ -19,7 +19,7 @@ OWN = {
     "train_sap_lora_sdxl.py": [*OF_EVERY_BASE, "KOHYA_PREFIXES", "draw_micro_step", "vae_source"],
     "train_sap_lora_sd3.py": [
         *OF_EVERY_BASE, "DENOISER_CLASS,DENOISER", "DENOISER_TARGETS", "LATENT_STRIDE", "FINAL_SAMPLING",
-        "REPEATED_BLOCK", "lora_targets", "prepare", "to_file_keys", "write_results",
+        "REPEATED_BLOCK", "lora_targets", "to_file_keys", "write_results",
     ],
 }  # fmt: skip
 
