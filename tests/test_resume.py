@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from runner import LORA_FILE, assert_equal, flags, lora, make_run, train, without
+from runner import LORA_FILE, assert_equal, flags, left_in, lora, make_run, train, without
 
 import train_sap_lora_sd15 as sap
 
@@ -33,10 +33,6 @@ def change_state(checkpoint: Path, change) -> None:
     state["files"] = {name: sap.fingerprint(checkpoint / name) for name in state["files"]}
     change(state)
     path.write_text(json.dumps(state))
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} - {".lock"}
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -94,7 +90,7 @@ def test_resuming_finds_its_seed(sd15, photos, tmp_path):
     without_seed = without(flags(sd15, photos, tmp_path, "--checkpointing_steps=1", steps=2), "--seed")
     train(SCRIPT, without_seed)
     whole = lora(tmp_path)
-    for name in names(tmp_path) - {"checkpoint-1"}:
+    for name in left_in(tmp_path) - {"checkpoint-1"}:
         shutil.rmtree(tmp_path / name) if (tmp_path / name).is_dir() else (tmp_path / name).unlink()
     train(SCRIPT, [*without_seed, "--resume_from_checkpoint=latest"])
     assert_equal(lora(tmp_path), whole)
@@ -158,7 +154,7 @@ def test_old_checkpoints_go_and_other_folders_stay(limit, kept, sd15, photos, tm
         (tmp_path / name / sap.STATE_FILE).write_text("{}")
     more = ["--checkpointing_steps=1", f"--checkpoints_total_limit={limit}"]
     train(SCRIPT, flags(sd15, photos, tmp_path, *more, steps=5))
-    assert {name for name in names(tmp_path) if "checkpoint" in name} == {f"checkpoint-{i}" for i in kept} | others
+    assert {name for name in left_in(tmp_path) if "checkpoint" in name} == {f"checkpoint-{i}" for i in kept} | others
     assert steps_in(tmp_path) == kept
 
 
@@ -356,7 +352,7 @@ def test_a_checkpoint_is_complete_before_it_has_its_name_and_before_old_ones_go(
     assert steps_in(tmp_path) == [1]
     train(SCRIPT, flags(sd15, photos, tmp_path, *more, steps=2))
     assert steps_in(tmp_path) == [2]
-    assert not [name for name in names(tmp_path) if name.startswith(".")]
+    assert not [name for name in left_in(tmp_path) if name.startswith(".")]
 
 
 def test_all_that_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -414,19 +410,19 @@ def test_what_replaces_another_is_never_lost(kind, moment, tmp_path, monkeypatch
         pass
     sap.tidy(final)
     assert read(final) == ("old" if moment < (1 if kind == "file" else 2) else "new")
-    assert names(tmp_path) == {"checkpoint-2"}
+    assert left_in(tmp_path) == {"checkpoint-2"}
 
 
 def test_a_checkpoint_that_was_moved_aside_comes_back(stopped):
     (stopped / "checkpoint-2").rename(stopped / ".checkpoint-2.old")
     (stopped / ".checkpoint-2.partial").mkdir()
     with sap.locked(stopped):
-        assert names(stopped) == {"checkpoint-2"}
+        assert left_in(stopped) == {"checkpoint-2"}
     assert sap.read_state(stopped / "checkpoint-2" / sap.STATE_FILE)
 
 
 def test_a_folder_that_another_run_writes_into_is_refused(sd15, photos, tmp_path):
     with FileLock(tmp_path / ".lock"), pytest.raises(sap.UsageError, match="another run writes into it"):
         train(SCRIPT, flags(sd15, photos, tmp_path))
-    assert names(tmp_path) == set()
+    assert left_in(tmp_path) == set()
     train(SCRIPT, flags(sd15, photos, tmp_path, steps=1))
