@@ -67,6 +67,7 @@ from pathlib import Path
 
 import diffusers
 import numpy as np
+import safetensors.torch
 import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -77,11 +78,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params, find_nearest_bucket, free_memory, parse_buckets_string
-from diffusers.utils import (
-    convert_state_dict_to_diffusers,
-    convert_state_dict_to_peft,
-    convert_unet_state_dict_to_peft,
-)
+from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from filelock import FileLock, Timeout
 from huggingface_hub import ModelCardData, create_repo, upload_folder
 from huggingface_hub.utils import validate_repo_id
@@ -1267,16 +1264,13 @@ def replacing(final: Path) -> Iterator[Path]:
         final.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed during the run
         tidy(final)
         yield partial
-        if partial.is_file():  # safetensors lets nobody else read its files, whatever the umask
-            os.umask(mask := os.umask(0))
-            partial.chmod(0o666 & ~mask)
         for path in (*partial.glob("*"), partial):
             flush(path)
         if final.is_dir():
             os.replace(final, older)
         os.replace(partial, final)
         flush(final.parent)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         kept = ", ".join(path.name for path in list_checkpoints(final.parent)) or "none"
         reason = f"{str(error).splitlines()[0]}: free some space, or copy the folder to another disk"
         raise RunError(f"{final} cannot be written, {reason}; checkpoints that are whole: {kept}") from error
@@ -1319,26 +1313,38 @@ def lora_layers(run: Run) -> dict[str, dict[str, Tensor]]:
     return layers
 
 
-def to_file_keys(name: str, layers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keys as upstream's files have them: `lora_A` and `lora_B`; `lora_linear_layer` in text encoders."""
-    if name == DENOISER:
-        return layers
-    layers = convert_state_dict_to_diffusers(layers)
-    # transformers looks for DoRA's magnitudes under another name than diffusers.
-    return {re.sub("lora_magnitude_vector$", r"\g<0>.weight", key): tensor for key, tensor in layers.items()}
+def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a file whose bytes follow from its content: the library writes metadata in a random order.
+
+    Its hash is the one of sd-scripts, A1111 and ModelSpec: SHA-256 of all that follows the header.
+    """
+    data = memoryview(safetensors.torch.save(tensors))
+    start = 8 + int.from_bytes(data[:8], "little")
+    digest = hashlib.sha256(data[start:]).hexdigest()
+    metadata = metadata | {"format": "pt", "sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
+    header = {"__metadata__": dict(sorted(metadata.items()))} | json.loads(bytes(data[8:start]))
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of eight
+    with path.open("wb") as file:
+        file.writelines([len(text).to_bytes(8, "little"), text, data[start:]])
 
 
 def write_lora(run: Run, folder: Path) -> None:
-    """Write the LoRA for `load_lora_weights`."""
-    args, arguments = run.args, {}
+    """Write the LoRA for `load_lora_weights`, with one style for all keys: diffusers decides by the first of them.
+
+    The scale alpha / rank is in `lora_B`: most programs that read this file know no alpha but the rank.
+    """
+    args, tensors, metadata = run.args, {}, {}
     for name, layers in lora_layers(run).items():
-        # Every other field of LoraConfig breaks some older peft; without these alpha would be lost.
-        metadata = {"r": args.rank, "lora_alpha": args.lora_alpha or args.rank}
-        metadata |= {"target_modules": lora_targets(args) if name == DENOISER else TEXT_ENCODER_TARGETS}
-        metadata |= {"use_dora": True} if args.use_dora else {}
-        arguments |= {f"{name}_lora_layers": to_file_keys(name, layers), f"{name}_lora_adapter_metadata": metadata}
+        for key, tensor in layers.items():
+            scale = (args.lora_alpha or args.rank) / args.rank if ".lora_B." in key else 1
+            tensors[f"{name}.{re.sub('_vector$', '_vector.weight', key)}"] = tensor * scale
+        # Every other field of LoraConfig breaks some older peft.
+        settings = {"r": args.rank, "lora_alpha": args.rank} | ({"use_dora": True} if args.use_dora else {})
+        settings["target_modules"] = lora_targets(args) if name == DENOISER else TEXT_ENCODER_TARGETS
+        metadata |= {f"{name}.{key}": setting for key, setting in settings.items()}
     with replacing(folder / LORA_FILE) as partial:
-        PIPELINE_CLASS.save_lora_weights(folder, **arguments, weight_name=partial.name)
+        write_safetensors(tensors, partial, {"lora_adapter_metadata": json.dumps(metadata)})
 
 
 def write_results(run: Run) -> None:
@@ -1377,7 +1383,8 @@ def save_checkpoint(run: Run, training: Training) -> None:
         with replacing(final) as partial:
             partial.mkdir()
             write_lora(run, partial)
-            torch.save(state, partial / TRAINING_FILE)
+            with (partial / TRAINING_FILE).open("wb") as file:  # by name, torch hides the reason of a failure
+                torch.save(state, file)
             write_state(partial / STATE_FILE, run, training.step)
         logger.info(f"Checkpoint: {final}")
         older = list_checkpoints(output_dir, training.step)
@@ -1466,7 +1473,7 @@ FREE_ON_RESUME = """
     dataloader_num_workers pre_compute_text_embeddings num_train_epochs steps_per_epoch anchor_batch_size output_dir
     gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention validation_prompt validation_prompts
     with_prior_preservation class_data_dir num_class_images prior_loss_weight prior_generation_precision
-    sample_batch_size""".split()
+    sample_batch_size class_prompt_lacks""".split()
 
 
 def describe_run(args: Namespace, accelerator: Accelerator, images: SubjectImages) -> dict:
@@ -1936,6 +1943,8 @@ def warn_about_arguments(args: Namespace) -> None:
             prodigy and args.learning_rate <= 0.1,
         "--text_encoder_lr: unused, Prodigy has one rate for all, --learning_rate":
             prodigy and args.train_text_encoder,
+        "--use_dora --output_kohya_format: no program reads DoRA in this form as it was trained; diffusers reads it "
+        f"in {LORA_FILE}": args.use_dora and args.output_kohya_format,
         f'--class_prompt "{anchor}" should be --instance_prompt without the word for the subject':
             anchor and (anchor == args.instance_prompt or identifier in anchor.split()),
     }.items():  # fmt: skip
