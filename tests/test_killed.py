@@ -10,7 +10,7 @@ from pathlib import Path
 import forks
 import pytest
 import tiny_pipelines
-from runner import assert_equal, flags, lora, without
+from runner import assert_equal, flags, left_in, lora, without
 
 STEPS = 6
 ACCUMULATED = ["--gradient_accumulation_steps=2", "--lora_dropout=0.1", "--lr_scheduler=cosine", "--lr_warmup_steps=1"]
@@ -49,7 +49,7 @@ class Course:
     def finish(self) -> dict:
         """Run to the end; the LoRA."""
         assert set(self.start().wait()) == {0}, self.output.with_suffix(".log").read_text()
-        assert not [path.name for path in self.output.iterdir() if path.name.startswith(".")]
+        assert not [name for name in left_in(self.output) if name.startswith(".")]
         return lora(self.output)
 
     def undisturbed(self) -> None:
