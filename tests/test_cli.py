@@ -81,9 +81,7 @@ def test_the_class_prompt_is_derived(prompt, more, derived, photos):
     assert without_class_prompt(photos, f"--instance_prompt={prompt}", *more).class_prompt == derived
 
 
-@pytest.mark.parametrize(
-    "prompt", ["a photo of a dog", "a photo of sks zwx dog", "sks dog and sks cat", "a masked dog"]
-)
+@pytest.mark.parametrize("prompt", ["a photo of a dog", "a photo of sks zwx dog", "sks dog and sks cat", "two desks"])
 def test_a_class_prompt_that_cannot_be_derived_is_asked_for(prompt, photos, capsys):
     with pytest.raises(SystemExit):
         without_class_prompt(photos, f"--instance_prompt={prompt}")

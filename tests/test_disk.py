@@ -64,11 +64,11 @@ def test_the_lora_of_an_earlier_run_survives_a_full_disk(sd15, photos, tmp_path,
     train("train_sap_lora_sd15", flags(sd15, photos, tmp_path, "--output_kohya_format"))
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
 
-    def full(folder, weight_name, **_):
-        (folder / weight_name).write_bytes(b"half")
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sap.PIPELINE_CLASS, "save_lora_weights", full)
+    monkeypatch.setattr(sap, "write_safetensors", full)
     with pytest.raises(sap.RunError, match="No space left"):
         train("train_sap_lora_sd15", flags(sd15, photos, tmp_path, "--seed=7"))
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")} == before

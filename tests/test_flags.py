@@ -316,7 +316,8 @@ ANY = {
     "weighting_scheme": st.sampled_from(["sigma_sqrt", "logit_normal", "mode", "cosmap"]),
     "logit_mean": st.floats(-100, 100), "logit_std": st.floats(0, 100), "mode_scale": st.floats(-2, 2),
     "unmasked_weight": st.floats(0, 1), "validation_guidance_scale": st.floats(0, 9),
-    "validation_inference_steps": st.integers(1, 3), "precondition_outputs": st.integers(0, 1), "lora_blocks": st.sampled_from(["0", "0,1", "2"]),
+    "validation_inference_steps": st.integers(1, 3), "precondition_outputs": st.integers(0, 1),
+    "lora_blocks": st.sampled_from(["0", "0,1", "2"]),
 }  # fmt: skip
 SWITCHES = """center_crop random_flip cache_latents use_dora train_text_encoder gradient_checkpointing scale_lr
     allow_tf32 use_8bit_adam skip_final_inference output_kohya_format with_prior_preservation

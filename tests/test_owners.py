@@ -85,8 +85,8 @@ def test_masks_reach_the_step_in_the_latents_own_size(script, bases, tmp_path):
 @every_script
 def test_masks_change_what_is_learned_and_random_crops_crop_them_too(script, bases, tmp_path):
     photos, masks = masked_photos(tmp_path)
-    for name, more in {"plain": [], "masked": [f"--mask_dir={masks}"], "all": [f"--mask_dir={masks}",
-                                                                               "--unmasked_weight=1"]}.items():  # fmt: skip
+    flag = f"--mask_dir={masks}"
+    for name, more in {"plain": [], "masked": [flag], "all": [flag, "--unmasked_weight=1"]}.items():
         train(script, without(flags(bases[script], photos, tmp_path / name, *more), "--center_crop"))
     plain, masked, everything = (lora(tmp_path / name) for name in ("plain", "masked", "all"))
     assert any(not torch.allclose(plain[key], masked[key], atol=1e-4) for key in plain)
