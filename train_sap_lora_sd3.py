@@ -78,13 +78,12 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params, find_nearest_bucket, free_memory, parse_buckets_string
-from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from filelock import FileLock, Timeout
 from huggingface_hub import ModelCardData, create_repo, upload_folder
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -1211,23 +1210,20 @@ def add_adapters(args: Namespace, modules: dict[str, nn.Module]) -> None:
 
 
 def load_init_lora(args: Namespace, modules: dict[str, nn.Module]) -> None:
-    """Start from the LoRA of `--init_lora`, of the same layers and rank, as diffusers reads it."""
-    with explained(f"--init_lora {args.init_lora}", TypeError):
-        found = PIPELINE_CLASS.lora_state_dict(args.init_lora)
-        state, alphas = found if isinstance(found, tuple) else (found, None)
-        for name, module in modules.items():
-            layers = {key[len(name) + 1 :]: one for key, one in state.items() if key.startswith(f"{name}.")}
-            convert = convert_unet_state_dict_to_peft if name == DENOISER else convert_state_dict_to_peft
-            layers = convert(layers)
-            kept = "" if hasattr(module, "text_model") else "text_model."
-            layers = {key.removeprefix(kept): one.float() for key, one in layers.items() if "alpha" not in key}
-            mine = get_peft_model_state_dict(module, save_embedding_layers=False)
-            if {key: one.shape for key, one in layers.items()} != {key: one.shape for key, one in mine.items()}:
-                raise ValueError(f"its layers of {name}, or its rank, are not those of --lora_layers and --rank")
-            for key in (key for key in layers if "lora_B" in key):  # this run's scale is alpha / rank
-                alpha = (alphas or {}).get(f"{name}.{key.rsplit('.lora_B', 1)[0]}.alpha", args.rank)
-                layers[key] *= float(alpha) / (args.lora_alpha or args.rank)
-            set_peft_model_state_dict(module, layers)
+    """Start from the LoRA of `--init_lora`, of the same layers and rank, in any form that diffusers reads."""
+    parts = dict.fromkeys(inspect.signature(PIPELINE_CLASS).parameters) | UNUSED_PARTS | modules
+    errors = (RuntimeError, TypeError, AttributeError)
+    with explained(f"--init_lora {args.init_lora}: its rank and layers must be those of this run", *errors):
+        pipeline = PIPELINE_CLASS(**parts)
+        pipeline.load_lora_weights(args.init_lora, adapter_name="init")
+        for module in modules.values():
+            for layer in adapter_layers(module):
+                for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
+                    scale = layer.scaling["init"] / layer.scaling["default"] if name == "lora_B" else 1
+                    for weights in [getattr(layer, name)] if len(getattr(layer, name)) else []:
+                        weights["default"].weight.data.copy_(weights["init"].weight * scale)
+            module.set_adapter("default")
+        pipeline.delete_adapters("init")
 
 
 def prepare(args: Namespace, accelerator: Accelerator, images: SubjectImages, **more) -> Run:
@@ -1349,9 +1345,10 @@ def write_lora(run: Run, folder: Path) -> None:
 
 def write_results(run: Run) -> None:
     """Write what the run is for, in place of what an earlier run left in the folder."""
-    for stale in (Path(run.args.output_dir) / KOHYA_FILE, *Path(run.args.output_dir).glob("image_*.png")):
+    folder = Path(run.args.output_dir)
+    write_lora(run, folder)
+    for stale in (folder / KOHYA_FILE, *folder.glob("image_*.png")):
         stale.unlink(missing_ok=True)
-    write_lora(run, Path(run.args.output_dir))
 
 
 def written(folder: Path) -> str:
@@ -1369,7 +1366,7 @@ def set_aside(output_dir: Path, record: dict) -> None:
         if state.get("format") != STATE_FORMAT or differences(state["run"], record):
             place.mkdir(exist_ok=True)
             os.replace(path, place / path.name)
-            logger.warning(f"{path} is of another run: it was moved into {place}")
+            logger.warning(f"{path} is of another run, or damaged: it was moved into {place}")
 
 
 def save_checkpoint(run: Run, training: Training) -> None:
@@ -1432,9 +1429,9 @@ def read_state(path: Path) -> dict:
 
 def list_checkpoints(output_dir: Path, before: float = math.inf) -> list[Path]:
     """Checkpoints of an output folder in the order of their steps; anything else that is there is left alone."""
-    found = {path.name.removeprefix("checkpoint-"): path for path in output_dir.glob("checkpoint-*")}
-    steps = sorted(int(step) for step in found if re.fullmatch("[0-9]+", step))
-    return [found[str(step)] for step in steps if step < before and (found[str(step)] / STATE_FILE).is_file()]
+    names = (path.name for path in output_dir.glob("checkpoint-*") if (path / STATE_FILE).is_file())
+    steps = sorted(int(name[11:]) for name in names if re.fullmatch("checkpoint-[1-9][0-9]*", name))
+    return [output_dir / f"checkpoint-{step}" for step in steps if step < before]
 
 
 def find_checkpoint(args: Namespace) -> tuple[Path | None, dict]:
@@ -2108,6 +2105,7 @@ def main(args: Namespace) -> None:
     with StopRequests() as signals:
         accelerator = start_accelerator(args)
         with locked(Path(args.output_dir)) if accelerator.is_main_process else contextlib.nullcontext():
+            accelerator.wait_for_everyone()
             run_stages(args, accelerator, signals)
 
 
