@@ -16,10 +16,12 @@ OF_EVERY_BASE = """PIPELINE_CLASS TRAINABLE_TEXT_ENCODERS BASE_PARTS FOREIGN_PAR
     load_text_pipeline""".split()
 OWN = {
     "train_sap_lora_sd15.py": [],
-    "train_sap_lora_sdxl.py": [*OF_EVERY_BASE, "KOHYA_PREFIXES", "draw_micro_step", "vae_source"],
+    "train_sap_lora_sdxl.py": [
+        *OF_EVERY_BASE, "KOHYA_PREFIXES", "draw_micro_step", "vae_source", "write_kohya_lora", "base_version",
+    ],
     "train_sap_lora_sd3.py": [
         *OF_EVERY_BASE, "DENOISER_CLASS,DENOISER", "DENOISER_TARGETS", "LATENT_STRIDE", "FINAL_SAMPLING",
-        "REPEATED_BLOCK", "lora_targets", "to_file_keys", "write_results",
+        "REPEATED_BLOCK", "lora_targets", "write_results",
     ],
 }  # fmt: skip
 

@@ -245,6 +245,7 @@ def test_three_processes_agree_and_draw_different_noise(sd15, photos, tmp_path):
         assert_equal(ends[0], other)
     assert len(targets) >= 3 * 3 * 2
     assert len(targets.flatten(1).unique(dim=0)) == len(targets)
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_rank_that_crashes_ends_all_and_says_why(sd15, photos, tmp_path):
