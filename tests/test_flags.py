@@ -38,14 +38,6 @@ def run_script(script: str, arguments: list[str]) -> int:
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory) -> dict[str, Path]:
-    """A tiny pipeline for each script."""
-    folder = tmp_path_factory.mktemp("bases")
-    saved = {SD15: tiny_pipelines.save_sd15, SDXL: tiny_pipelines.save_sdxl, SD3: tiny_pipelines.save_sd3}
-    return {script: save(folder / script) for script, save in saved.items()}
-
-
-@pytest.fixture(scope="module")
 def two_photos(tmp_path_factory) -> Path:
     """Two pictures: an epoch is short."""
     return tiny_pipelines.save_photos(tmp_path_factory.mktemp("data") / "two", count=2)

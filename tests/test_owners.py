@@ -19,12 +19,6 @@ SD15, SDXL, SD3 = SCRIPTS = [f"train_sap_lora_{kind}" for kind in ("sd15", "sdxl
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
-@pytest.fixture(scope="module")
-def bases(sd15, tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bases")
-    return {SD15: sd15, SDXL: tiny_pipelines.save_sdxl(folder / "sdxl"), SD3: tiny_pipelines.save_sd3(folder / "sd3")}
-
-
 # ---- Masks ----
 
 

@@ -16,16 +16,6 @@ SCRIPTS = [path.stem for path in [copies.ORIGINAL, *copies.SCRIPTS]]
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
-@pytest.fixture(scope="session")
-def bases(sd15, tmp_path_factory):
-    """A tiny base pipeline for each script."""
-    import tiny_pipelines
-
-    folder = tmp_path_factory.mktemp("bases")
-    sdxl, sd3 = tiny_pipelines.save_sdxl(folder / "sdxl"), tiny_pipelines.save_sd3(folder / "sd3")
-    return {"train_sap_lora_sd15": sd15, "train_sap_lora_sdxl": sdxl, "train_sap_lora_sd3": sd3}
-
-
 def without_pictures(base, photos, output, *more: str, steps: int = 4) -> list[str]:
     return flags(base, photos, output, "--skip_final_inference", *more, steps=steps)
 
