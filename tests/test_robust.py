@@ -234,7 +234,7 @@ def test_a_vae_that_overflows_is_found_before_training(sd15, photos, tmp_path, m
         train(SCRIPT, flags(sd15, photos, tmp_path))
 
 
-@pytest.mark.parametrize(("script", "ranks"), zip(SCRIPTS, (3, 2, 2), strict=True))
+@pytest.mark.parametrize(("script", "ranks"), list(zip(SCRIPTS, (3, 2, 2), strict=True)))
 def test_processes_agree_and_draw_different_noise(script, ranks, bases, photos, tmp_path):
     forks.start_server()
     log, more = tmp_path / "run.log", ["--train_text_encoder", "--gradient_accumulation_steps=2"]
@@ -245,10 +245,8 @@ def test_processes_agree_and_draw_different_noise(script, ranks, bases, photos, 
     for other in ends[1:]:
         assert_equal(ends[0], other)
     moved = {key.split(".")[0] for key, tensor in ends[0].items() if "lora_B" in key and tensor.any()}
-    assert moved == {
-        importlib.import_module(script).DENOISER,
-        *importlib.import_module(script).TRAINABLE_TEXT_ENCODERS,
-    }
+    module = importlib.import_module(script)
+    assert moved == {module.DENOISER, *module.TRAINABLE_TEXT_ENCODERS}
     assert len(targets) >= ranks * 3 * 2
     assert len(targets.flatten(1).unique(dim=0)) == len(targets)
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
