@@ -803,7 +803,8 @@ def read_dataset(args: Namespace) -> tuple[Sequence[Image.Image], list[str | Non
         if column is not None and column not in dataset.column_names:
             raise UsageError(f"--{flag} {column} is not one of the columns {', '.join(dataset.column_names)}")
     captions = dataset[args.caption_column] if args.caption_column else [None] * len(dataset)
-    with explained(f"--image_column {args.image_column} or --caption_column {args.caption_column}", TypeError):
+    columns = f"--image_column {args.image_column} or --caption_column {args.caption_column}"
+    with explained(columns, TypeError, NotImplementedError):
         images = dataset.cast_column(args.image_column, datasets.Image())[args.image_column]
         return images, [caption_in(caption) for caption in captions]
 
@@ -824,7 +825,7 @@ class SubjectImages:
         if self.count == 0 or held_out is not None and not self.held_out:
             raise UsageError(f"{held_out if self.count else folder or args.dataset_name} holds no picture")
         self.caption_all(captions + more)
-        self.names = [one.name if isinstance(one, Path) else f"picture {i}" for i, one in enumerate(self.images)]
+        self.names = [f"picture {i}" for i in range(self.count)] if folder is None else [p.name for p in self.images]
         self.names += [path.name for path in self.held_out]
         progress = tqdm(range(len(self)), desc="Reading pictures", leave=False)
         self.sizes = [self.read(i).size[::-1] for i in progress]  # (height, width)
@@ -980,13 +981,12 @@ def check_base(args: Namespace) -> None:
         for name in BASE_PARTS if folder.is_dir() else ():
             check_folder(folder / name, args.variant)
         reads = DENOISER_CLASS.load_config(base, subfolder=DENOISER, **revision)["in_channels"]
-    source, files = vae_source(args)
-    with explained(f"{source} cannot be loaded"):
+    flag, source, files = vae_source(args)
+    with explained(f"{flag} {source} cannot be loaded"):
         makes = AutoencoderKL.load_config(source, **files)["latent_channels"]
     if reads != makes:  # inpainting, editing, a VAE of another kind of base
-        raise UsageError(
-            f"{source}: the VAE's latents have {makes} channels and the {DENOISER} of {base} reads {reads}"
-        )
+        latents = f"the VAE's latents have {makes} channels and the {DENOISER} of {base} reads {reads}"
+        raise UsageError(f"{flag} {source}: {latents}; bases for inpainting or editing cannot be trained")
 
 
 def check_folder(folder: Path, variant: str | None) -> None:
@@ -1014,18 +1014,20 @@ def base_files(args: Namespace, accelerator: Accelerator) -> dict:
     return {"revision": args.revision, "variant": args.variant, "use_safetensors": True, "dtype": dtype}
 
 
-def vae_source(args: Namespace) -> tuple[str, dict]:
-    """The VAE's folder or repository, and which of the files there are meant."""
-    return args.pretrained_model_name_or_path, {"subfolder": "vae", "revision": args.revision, "variant": args.variant}
+def vae_source(args: Namespace) -> tuple[str, str, dict]:
+    """The flag that names the VAE, its folder or repository, and which of the files there are meant."""
+    files = {"subfolder": "vae", "revision": args.revision, "variant": args.variant}
+    return "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, files
 
 
-def load_part(kind: type, source: str, **files) -> nn.Module:
+def load_part(kind: type, flag: str, source: str, **files) -> nn.Module:
     """A frozen model of the base; raises `UsageError` if weights are missing: the library would make them up."""
-    with explained(f"{source} cannot be loaded", RuntimeError):
+    with explained(f"{flag} {source} cannot be loaded", RuntimeError):
         model, info = kind.from_pretrained(source, **files, output_loading_info=True)
     wrong = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
     if wrong:
-        raise UsageError(f"{source}: {kind.__name__} lacks {len(wrong)} weights, such as {wrong[0]}; get it again")
+        lacks = f"{kind.__name__} lacks {len(wrong)} weights, such as {wrong[0]}"
+        raise UsageError(f"{flag} {source}: {lacks}; get it again")
     return model.requires_grad_(False)
 
 
@@ -1034,7 +1036,8 @@ def load_text_pipeline(args: Namespace, accelerator: Accelerator, images: Subjec
     base, files = args.pretrained_model_name_or_path, base_files(args, accelerator)
     kinds, parts = PIPELINE_CLASS.load_config(base, revision=args.revision), {DENOISER: None, "vae": None}
     for name in (name for name in BASE_PARTS if name.startswith("text_encoder")):
-        parts[name] = load_part(getattr(transformers, kinds[name][1]), base, subfolder=name, **files)
+        kind = getattr(transformers, kinds[name][1])
+        parts[name] = load_part(kind, "--pretrained_model_name_or_path", base, subfolder=name, **files)
     with explained(f"--pretrained_model_name_or_path {base} cannot be loaded"):
         pipeline = PIPELINE_CLASS.from_pretrained(base, **parts, **UNUSED_PARTS, **files)
     if args.tokenizer_name is not None:
@@ -1099,15 +1102,15 @@ def encode_texts(args: Namespace, pipeline: PIPELINE_CLASS, images: SubjectImage
 @torch.no_grad()
 def encode_images(args: Namespace, device: torch.device, images: SubjectImages) -> tuple[AutoencoderKL, dict]:
     """Second stage: the VAE and the posterior of every picture (and mirror image); none where crops are drawn anew."""
-    source, files = vae_source(args)
-    vae = load_part(AutoencoderKL, source, **files, use_safetensors=True, dtype=torch.float32).to(device)
+    flag, source, files = vae_source(args)
+    vae = load_part(AutoencoderKL, flag, source, **files, use_safetensors=True, dtype=torch.float32).to(device)
     posteriors, flips = {}, (False, True) if args.random_flip else (False,)
     for index in tqdm(range(len(images)) if images.cacheable else (), desc="Encoding pictures", leave=False):
         for flipped in flips:
             pixel_values = images.pixel_values(index, flipped, images.fixed_centering[index])
             posteriors[index, flipped] = vae.encode(pixel_values[None].to(device)).latent_dist.parameters.cpu()
             if not posteriors[index, flipped].isfinite().all():
-                raise UsageError(f"{source}: its VAE makes numbers of {images.names[index]} that are not finite")
+                raise UsageError(f"{flag}: its VAE makes numbers of {images.names[index]} that are not finite")
     return vae.to("cpu") if images.cacheable or args.offload else vae, posteriors
 
 
@@ -1125,7 +1128,8 @@ def load_denoiser(args: Namespace, accelerator: Accelerator, images: SubjectImag
     config = quantization_config(args, files["dtype"])
     if config is not None:  # quantised weights are quantised on the device, and stay there
         files |= {"quantization_config": config, "device_map": {"": device}}
-    denoiser = load_part(DENOISER_CLASS, args.pretrained_model_name_or_path, subfolder=DENOISER, **files)
+    source = ("--pretrained_model_name_or_path", args.pretrained_model_name_or_path)
+    denoiser = load_part(DENOISER_CLASS, *source, subfolder=DENOISER, **files)
     denoiser = denoiser.to(device) if config is None else denoiser
     if args.enable_xformers_memory_efficient_attention:
         denoiser.enable_xformers_memory_efficient_attention()
@@ -1221,7 +1225,8 @@ def replacing(final: Path) -> Iterator[Path]:
         os.replace(partial, final)
         flush(final.parent)
     except OSError as error:
-        kept = ", ".join(path.name for path in list_checkpoints(final.parent)) or "none"
+        folder = next(path for path in final.parents if not path.name.startswith("."))
+        kept = ", ".join(path.name for path in list_checkpoints(folder)) or "none"
         reason = f"{str(error).splitlines()[0]}: free some space, or copy the folder to another disk"
         raise RunError(f"{final} cannot be written, {reason}; checkpoints that are whole: {kept}") from error
     finally:
@@ -1417,9 +1422,9 @@ def read_state(path: Path) -> dict:
     """What `write_state` wrote; empty if it is not there or not whole, or the files beside it are not."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         state = json.loads(path.read_text(encoding="utf-8") if path.is_file() else "")
-        files = state["files"].items() if state.get("format") == STATE_FORMAT else ()
-        whole = all(fingerprint(path.with_name(name)) == digest for name, digest in files)
-        return state if whole and type(state["global_step"]) is int else {}
+        files, known = state["files"].items(), state.get("format") == STATE_FORMAT
+        whole = all(fingerprint(path.with_name(name)) == digest for name, digest in files if known)
+        return state if whole and type(state["global_step"]) is int and state["global_step"] > 0 else {}
     return {}
 
 
@@ -1640,7 +1645,8 @@ AMOUNT = value(float, "at least 0 and below 1e38", lambda x: 0 <= x < 1e38)  # f
 POSITIVE = value(float, "above 0 and below 1e38", lambda x: 0 < x < 1e38)
 SHARE = value(float, "at least 0 and below 1", lambda x: 0 <= x < 1)
 TEXT = value(str, "given a value, or left out", bool)  # it is empty where a shell variable was not set
-FOLDER = value(str, "a folder that is there", lambda x: Path(x).is_dir())
+FOLDER = value(str, "a folder that is there", lambda x: x != "" and Path(x).is_dir())
+FILE = value(str, "a file that is there", lambda x: Path(x).is_file())
 LAYERS = value(str, 'names with commas between them, "to_k,to_v"', lambda x: all(n.strip() for n in x.split(",")))
 SCHEDULE = value(str, f"one of {', '.join(LR_SCHEDULERS)}", LR_SCHEDULERS.__contains__)
 OPTIMIZER = value(str, "AdamW or prodigy", lambda x: x.lower() in ("adamw", "prodigy"))
@@ -1752,7 +1758,7 @@ FLAGS = [
     ("--num_validation_images", WHOLE, 4, "How many of them."),
     ("--validation_epochs", COUNT, 50, "Every how many epochs."),
     ("--validation_steps", COUNT, None, "Every how many optimizer steps, instead of epochs."),
-    ("--validation_prompts_file", TEXT, None, "More prompts, one a line."),
+    ("--validation_prompts_file", FILE, None, "More prompts, one a line."),
     ("--validation_guidance_scale", AMOUNT, None, "Guidance of these pictures (default: the pipeline's)."),
     ("--validation_inference_steps", COUNT, None, "Denoising steps of these pictures."),
     ("--validation_data_dir", FOLDER, None, "Photos held out: both loss terms on them, logged as val/."),
@@ -1765,7 +1771,7 @@ FLAGS = [
     ("--logging_steps", COUNT, 1, "Fetch the losses from the device every so many steps."),
     ("--logging_dir", TEXT, "logs", "Folder of the logs, inside the output folder."),
     ("--push_to_hub", "Upload the LoRA, its card and its pictures; nothing else."),
-    ("--hub_token", TEXT, None, "Token for that; `hf auth login` is safer."),
+    ("--hub_token", TEXT, None, "Token for that. accelerate launch prints it if the run fails: prefer hf auth login."),
     ("--hub_model_id", TEXT, None, "Repository (default: the output folder's name)."),
 ]  # fmt: skip
 
@@ -1827,26 +1833,27 @@ def derive_class_prompt(args: Namespace) -> None:
         with contextlib.suppress(ValueError) if args.caption_column else explained("--subject_token"):
             args.class_prompt = anchor_caption(prompt, token, args.class_token or "")
         return
-    found = re.findall(r"(?<!\S)(?:sks|zwx|ohwx|xjy|TOK|[VS]\*|\[V\*?\]|<[^<>\s]+>)(?!\S)", prompt)
+    found = list(re.finditer(r"(?<!\S)(?:sks|zwx|ohwx|xjy|TOK|[VS]\*|\[V\*?\]|<[^<>\s]+>)(?!\S)", prompt))
     if len(found) == 1:
-        before, after = (part.split() for part in prompt.split(found[0]))
+        before, word, after = prompt[: found[0].start()].split(), found[0][0], prompt[found[0].end() :].split()
         article = "an" if " ".join(after)[:1].lower() in tuple("aeiou") else "a"
-        token = f"{before[-1]} {found[0]}" if before[-1:] in (["a"], ["an"]) else found[0]
+        token = f"{before[-1]} {word}" if before[-1:] in (["a"], ["an"]) else word
         # No article where another word says which one is meant, or where the noun may be plural.
-        bare = (
-            not after or after[0].endswith("s") or before[-1:] in ([w] for w in "the my your his her our this".split())
-        )
-        args.class_prompt = anchor_caption(prompt, token, "" if bare and token == found[0] else article)
-        args.class_prompt_lacks = found[0]
+        said = before[-1:] in (["the"], ["my"], ["your"], ["his"], ["her"], ["our"], ["this"])
+        bare = said or not after or after[0].endswith("s")
+        args.class_prompt = anchor_caption(prompt, token, "" if bare and token == word else article)
+        args.class_prompt_lacks = word
 
 
 def mistakes(args: Namespace) -> dict[str, bool]:
     """What can be wrong with a command line, a sentence each, and whether it is."""
     with explained('--aspect_ratio_buckets: write "h,w;h,w", such as "512,512;640,384"'):
         buckets = parse_buckets_string(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else []
+    with explained("--output_dir"):
+        taken = Path(args.output_dir).is_file()
     with explained("--hub_model_id"):
         validate_repo_id((args.hub_model_id or Path(args.output_dir).name) if args.push_to_hub else "none")
-    photos = args.instance_data_dir and Path(args.instance_data_dir)
+    photos = None if args.instance_data_dir is None else Path(args.instance_data_dir)
     accumulation = str(args.gradient_accumulation_steps)
     trackers, found = ({str(name) for name in names} - {"all"} for names in (LoggerType, get_available_trackers()))
     packages = {
@@ -1860,7 +1867,7 @@ def mistakes(args: Namespace) -> dict[str, bool]:
     return {
         "pass the subject's pictures once: either --instance_data_dir or --dataset_name":
             (args.instance_data_dir is None) == (args.dataset_name is None),
-        f"--output_dir: {args.output_dir} is a file; name a folder": Path(args.output_dir).is_file(),
+        f"--output_dir: {args.output_dir} is a file; name a folder": taken,
         "--output_dir is in the folder of the photos, and what is made there would be trained on; take another one":
             photos is not None and Path(args.output_dir).resolve().is_relative_to(photos.resolve()),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS, which is set, differs from --gradient_accumulation_steps: unset it":

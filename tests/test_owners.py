@@ -237,9 +237,7 @@ def test_a_folder_without_photos_to_hold_out_is_named(photos, tmp_path):
 
 
 def test_each_validation_is_one_grid_with_a_row_for_each_prompt(sd15, photos, tmp_path, monkeypatch):
-    calls, sample = [], sap.StableDiffusionPipeline.__call__ if hasattr(sap, "StableDiffusionPipeline") else None
-    kind = sap.PIPELINE_CLASS
-    sample = kind.__call__
+    calls, kind, sample = [], sap.PIPELINE_CLASS, sap.PIPELINE_CLASS.__call__
     monkeypatch.setattr(kind, "__call__", lambda self, **options: calls.append(options) or sample(self, **options))
     (tmp_path / "prompts.txt").write_text("sks dog in the snow\n\na dog\n")
     more = ["--validation_prompt=a photo of sks dog", f"--validation_prompts_file={tmp_path / 'prompts.txt'}",
