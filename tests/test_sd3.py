@@ -239,10 +239,10 @@ def test_the_transformer_never_meets_t5_and_clips_only_if_they_train(more, sd3, 
     for kind, members in alive.items():
 
         def load(*args, original=kind.from_pretrained, members=members, **options):
-            model = original(*args, **options)
+            model, info = original(*args, **options)
             members.add(model)
             loaded.append(type(model).__name__)
-            return model
+            return model, info
 
         monkeypatch.setattr(kind, "from_pretrained", load)
     original = SD3Transformer2DModel.from_pretrained
