@@ -118,13 +118,14 @@ def peak_flops(dtype: torch.dtype) -> float:
 
 def make_run(backbone: Backbone, options: argparse.Namespace, folder: Path) -> tuple:
     """The script's module and its `Run` as `main` has it before training: five pictures, one prompt, an anchor."""
-    module = importlib.import_module(backbone.script)
+    module, photos = importlib.import_module(backbone.script), folder / "photos"
+    photos.mkdir()
     for name in range(5):
         size = (backbone.resolution, backbone.resolution)
         Image.fromarray(np.random.default_rng(name).integers(0, 255, (*size, 3), dtype=np.uint8)).save(
-            folder / f"{name}.png"
+            photos / f"{name}.png"
         )
-    flags = ["--pretrained_model_name_or_path=random", f"--instance_data_dir={folder}", "--report_to=none"]
+    flags = ["--pretrained_model_name_or_path=random", f"--instance_data_dir={photos}", "--report_to=none"]
     flags += ["--instance_prompt=a photo of sks dog", "--class_prompt=a photo of a dog", "--seed=0", "--center_crop"]
     flags += ["--train_batch_size=1", f"--resolution={backbone.resolution}", f"--max_train_steps={STEPS}"]
     flags += [
@@ -162,6 +163,9 @@ def take_turn(module, run, settings: dict, steps: int = STEPS) -> tuple[float, f
     """Seconds and CPU seconds of one step, from a turn of the script's `train` with other settings."""
     args = copy.copy(run.args)
     vars(args).update(settings, max_train_steps=steps)
+    images = copy.copy(run.images)
+    images.args = args
+    images.batches_per_epoch = len(images.epoch(0))  # of batches of this turn's size
     clocks = []
 
     def micro_steps(*arguments) -> Iterator:
@@ -171,7 +175,7 @@ def take_turn(module, run, settings: dict, steps: int = STEPS) -> tuple[float, f
         clocks.append((time.perf_counter(), time.process_time()))
 
     original, quiet = module.micro_steps, functools.partial(tqdm, disable=True)
-    run = dataclasses.replace(run, args=args, student=module.Student(run.student.denoiser))
+    run = dataclasses.replace(run, args=args, images=images, student=module.Student(run.student.denoiser))
     training = module.start_training(run, None, 0)
     with mock.patch.multiple(module, micro_steps=micro_steps, tqdm=quiet):
         synchronise()
