@@ -59,6 +59,11 @@ def lora(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / LORA_FILE)
 
 
+def left_in(output: Path) -> set[str]:
+    """What a run left in its folder, but for the lock, which stays."""
+    return {path.name for path in output.iterdir()} - {".lock"}
+
+
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     """Two LoRAs are the same, bit for bit."""
     assert one.keys() == other.keys()

@@ -26,8 +26,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -116,13 +118,14 @@ def peak_flops(dtype: torch.dtype) -> float:
 
 def make_run(backbone: Backbone, options: argparse.Namespace, folder: Path) -> tuple:
     """The script's module and its `Run` as `main` has it before training: five pictures, one prompt, an anchor."""
-    module = importlib.import_module(backbone.script)
+    module, photos = importlib.import_module(backbone.script), folder / "photos"
+    photos.mkdir()
     for name in range(5):
         size = (backbone.resolution, backbone.resolution)
         Image.fromarray(np.random.default_rng(name).integers(0, 255, (*size, 3), dtype=np.uint8)).save(
-            folder / f"{name}.png"
+            photos / f"{name}.png"
         )
-    flags = ["--pretrained_model_name_or_path=random", f"--instance_data_dir={folder}", "--report_to=none"]
+    flags = ["--pretrained_model_name_or_path=random", f"--instance_data_dir={photos}", "--report_to=none"]
     flags += ["--instance_prompt=a photo of sks dog", "--class_prompt=a photo of a dog", "--seed=0", "--center_crop"]
     flags += ["--train_batch_size=1", f"--resolution={backbone.resolution}", f"--max_train_steps={STEPS}"]
     flags += [
@@ -133,33 +136,36 @@ def make_run(backbone: Backbone, options: argparse.Namespace, folder: Path) -> t
     flags += [f"--{name}" for name in ("gradient_checkpointing", "compile") if getattr(options, name)]
     args = module.parse_args(flags)
     accelerator = module.start_accelerator(args)
-    images = module.load_subject_images(args)
-    module.plan(args, images, accelerator.num_processes)
-    run = module.Run(args, accelerator, images, scheduler=backbone.scheduler(), vae_config=backbone.vae_config)
+    images, dtype = module.SubjectImages(args), module.base_files(args, accelerator)["dtype"]
     edge = backbone.resolution // 8
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(1, *shape, generator=generator)
 
-    for prompt in {*images.captions, *images.anchor_captions}:
-        run.embeddings[prompt] = {name: draw(*shape).to(run.dtype) for name, shape in backbone.conditioning.items()}
-    for index in range(len(images)):
-        run.posteriors[index, False] = draw(2 * backbone.latent_channels, edge, edge)
-    module.place_caches(run)
+    shapes = backbone.conditioning.items()
+    prompts = sorted({*images.captions, *images.anchor_captions})
+    embeddings = {prompt: {name: draw(*shape).to(dtype) for name, shape in shapes} for prompt in prompts}
+    posteriors = {(i, False): draw(2 * backbone.latent_channels, edge, edge) for i in range(len(images))}
+    vae = types.SimpleNamespace(config=types.SimpleNamespace(**backbone.vae_config))
     torch.manual_seed(0)
-    run.denoiser = backbone.build(run.dtype, run.device)
-    if args.gradient_checkpointing:
-        run.denoiser.enable_gradient_checkpointing()
-    module.compile_blocks(run)
-    module.add_adapters(run)
-    return module, run
+    denoiser = backbone.build(dtype, accelerator.device).requires_grad_(False)
+    with mock.patch.object(module, "load_part", lambda *_, **__: denoiser):
+        module.load_denoiser(args, accelerator, images)
+    module.add_adapters(args, {module.DENOISER: denoiser})
+    more = {"scheduler": backbone.scheduler(), "record": {}, "signals": module.StopRequests()}
+    return module, module.Run(
+        args, accelerator, images, embeddings, {}, vae, posteriors, module.Student(denoiser), **more
+    )
 
 
 def take_turn(module, run, settings: dict, steps: int = STEPS) -> tuple[float, float]:
     """Seconds and CPU seconds of one step, from a turn of the script's `train` with other settings."""
     args = copy.copy(run.args)
     vars(args).update(settings, max_train_steps=steps)
+    images = copy.copy(run.images)
+    images.args = args
+    images.batches_per_epoch = len(images.epoch(0))  # of batches of this turn's size
     clocks = []
 
     def micro_steps(*arguments) -> Iterator:
@@ -168,16 +174,15 @@ def take_turn(module, run, settings: dict, steps: int = STEPS) -> tuple[float, f
         synchronise()
         clocks.append((time.perf_counter(), time.process_time()))
 
-    original = module.micro_steps
-    try:
-        module.micro_steps = micro_steps
+    original, quiet = module.micro_steps, functools.partial(tqdm, disable=True)
+    run = dataclasses.replace(run, args=args, images=images, student=module.Student(run.student.denoiser))
+    training = module.start_training(run, None, 0)
+    with mock.patch.multiple(module, micro_steps=micro_steps, tqdm=quiet):
         synchronise()
         begin = time.perf_counter(), time.process_time()
-        module.train(dataclasses.replace(run, args=args), None, 0, tqdm(disable=True))
-    finally:
-        module.micro_steps = original
+        module.train(run, training)
     run.accelerator.free_memory()
-    run.denoiser.zero_grad()
+    run.student.zero_grad()
     (end,) = clocks
     return (end[0] - begin[0]) / steps, (end[1] - begin[1]) / steps
 
