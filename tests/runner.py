@@ -80,17 +80,15 @@ def make_run(script: str, arguments: list[str]):
     return module, module.prepare(args, accelerator, images, **more)
 
 
-def items_of(module, run, index: int = 0) -> list[dict]:
-    """The samples of the run's micro-step `index`, as its draws and the VAE give them."""
+def items_of(run, index: int = 0) -> list[dict]:
+    """The samples of the run's micro-step `index`."""
     (items,) = run.images.batches(run.images.draws(0, 1, index, index + 1))
-    if not run.images.cacheable:
-        module.encode_crops(run, [(index, items)])
     return items
 
 
 def draw(module, run, index: int = 0):
     """The run's micro-step `index`, with its anchor."""
-    step = module.draw_micro_step(run, index, items_of(module, run, index))
+    step = module.draw_micro_step(run, index, items_of(run, index))
     return step, anchors_of(module, run, [step])[0]
 
 

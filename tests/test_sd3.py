@@ -266,7 +266,7 @@ def test_a_sample_meets_its_own_latents_and_caption(sd3, captioned, tmp_path):
     _, run = make_run(SCRIPT, flags(sd3, captioned, tmp_path, *more))
     numbers = set()
     for number in range(4):
-        items = items_of(sap, run, number)
+        items = items_of(run, number)
         before = sap.draw_micro_step(run, number, items)
         for row, index in enumerate(before.pictures):
             moved = run.posteriors | {(index, False): run.posteriors[index, False] + 1}

@@ -200,7 +200,7 @@ def test_v_prediction(bases, photos, tmp_path):
     step, _ = draw(sap, run)
     alphas = run.scheduler.alphas_cumprod[step.timesteps][:, None, None, None]
     latents = alphas**0.5 * step.noisy_latents - (1 - alphas) ** 0.5 * step.target
-    (item,) = items_of(sap, run)
+    (item,) = items_of(run)
     posterior = run.posteriors[item["index"], False]
     mean = posterior.chunk(2, dim=1)[0] * run.vae.config.scaling_factor
     assert torch.allclose(latents, mean, atol=0.3)
@@ -260,7 +260,7 @@ def test_validation_draws_what_the_pipeline_draws(base, more, sampler, bases, ph
 def test_each_sample_meets_its_own_embeddings_and_time_ids(more, bases, wide, tmp_path):
     more = ["--train_batch_size=3", "--subject_token=sks", *more]
     _, run = make_run(SCRIPT, random_crops(bases["eps"], wide, tmp_path, *more))
-    items = items_of(sap, run)
+    items = items_of(run)
     step = sap.draw_micro_step(run, 0, items)
     assert len(set(step.prompts)) == len({item["centering"] for item in items}) == 3
     together, anchors = predict(run, step), draw(sap, run)[1]
@@ -285,7 +285,7 @@ def test_each_sample_meets_its_own_embeddings_and_time_ids(more, bases, wide, tm
 def test_a_change_of_one_sample_reaches_that_sample_alone(change, more, bases, wide, tmp_path):
     more = ["--train_batch_size=2", "--subject_token=sks", *more]
     _, run = make_run(SCRIPT, random_crops(bases["eps"], wide, tmp_path, *more))
-    items = items_of(sap, run)
+    items = items_of(run)
     items[0] |= {"prompt": PROMPT, "anchor_prompt": "dog in the snow", "centering": (0.0, 0.0)}
     items[1] |= {"prompt": PROMPT, "anchor_prompt": "dog in the snow", "centering": (0.0, 0.0)}
     before = sap.draw_micro_step(run, 0, items)
