@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole trainings on a fake GPU (`fake_gpu.py`): nothing on a wrong device or in a wrong dtype, nothing that waits."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runner
+import tiny_pipelines
+import torch
+from filelock import FileLock
+from PIL import Image
+from safetensors import safe_open
+
+BASES = {
+    "sd15": ("train_sap_lora_sd15", tiny_pipelines.save_sd15, {}),
+    "sd21": ("train_sap_lora_sd15", tiny_pipelines.save_sd15, {"prediction_type": "v_prediction"}),
+    "sdxl": ("train_sap_lora_sdxl", tiny_pipelines.save_sdxl, {}),
+    "playground": ("train_sap_lora_sdxl", tiny_pipelines.save_sdxl, {"scheduler": "playground"}),
+    "sd3": ("train_sap_lora_sd3", tiny_pipelines.save_sd3, {}),
+    "sd35": ("train_sap_lora_sd3", tiny_pipelines.save_sd3, {"t5": False, "dual_attention": True}),
+}
+ANY = ["sd15", "sdxl", "sd3"]
+CASES = {
+    "plain": (ANY, ""),
+    "encoders": (ANY, "--mixed_precision=bf16 --train_text_encoder --use_dora --caption_dropout=.5"),
+    "half": (ANY, "--mixed_precision=fp16 --gradient_checkpointing BUCKETS"),
+    "offload": (["sdxl"], "--mixed_precision=bf16 --offload --anchor_source=finetuned --lora_dropout=.1"),
+    "crops": (["sd3"], "--offload"),
+    "no_anchor": (["sd15"], "--anchor_weight=0 --gradient_accumulation_steps=2 --max_train_steps=1 --snr_gamma=5"),
+    "velocity": (["sd21"], "--snr_gamma=5"),
+    "edm": (["sdxl"], "--mixed_precision=fp16 --do_edm_style_training"),
+    "channels": (["playground"], "--mixed_precision=bf16"),
+    "weighting": (["sd35"], "--mixed_precision=fp16 --weighting_scheme=sigma_sqrt --train_text_encoder"),
+    "mode": (["sd3"], "--weighting_scheme=mode --precondition_outputs=0"),
+}
+NAMED = {f"{base}-{name}": (base, flags) for name, (bases, flags) in CASES.items() for base in bases}
+BUCKETS = "--train_batch_size=2 --aspect_ratio_buckets=64,64;64,96 --mask_dir={}"
+
+
+def build(library: Path) -> None:
+    """The library that tells torch of a device."""
+    folder = Path(torch.__file__).parent
+    command = ["g++", "-shared", "-fPIC", "-std=c++20", str(Path(__file__).with_name("fake_gpu.cpp"))]
+    command += [f"-I{folder / 'include' / more}" for more in (".", "torch/csrc/api/include")]
+    command += [f"-L{folder / 'lib'}", f"-Wl,-rpath,{folder / 'lib'}", "-lc10", "-ltorch_cpu", "-o", str(library)]
+    subprocess.run(command, check=True)
+
+
+def arguments(name: str, folder: Path) -> tuple[str, list[str]]:
+    """Script and flags of one case: two micro-steps, whose losses are fetched once."""
+    base, flags = NAMED[name]
+    script, save, options = BASES[base]
+    if not (folder / base).exists():
+        save(folder / base, **options)
+    flags = flags.replace("BUCKETS", BUCKETS.format(folder / "masks")).split()
+    common = runner.flags(folder / base, folder / "photos", folder / "output", "--logging_steps=2", *flags)
+    return script, runner.without(common, *["--center_crop"] * name.endswith("crops"))
+
+
+def run_cases(folder: Path, cases: dict) -> dict[str, dict | str]:
+    """The report of each case, or the end of its log."""
+    build(folder / "guard.so")
+    (folder / "cases.json").write_text(json.dumps(cases))
+    environment = {"LD_PRELOAD": str(folder / "guard.so"), "PYTHONPATH": str(runner.ROOT)}
+    command = [sys.executable, str(Path(__file__).with_name("fake_gpu.py")), str(folder / "cases.json")]
+    subprocess.run(command, check=True, env=os.environ | environment)
+    reports = {name: folder / f"{name}.json" for name in cases}
+    return {name: json.loads(path.read_text()) if path.exists() else path.with_suffix(".log").read_text()[-2000:]
+            for name, path in reports.items()}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def fake_gpus(tmp_path_factory) -> Path:
+    """The folder, shared by the workers of pytest-xdist, in which reports are made; skips where none can be made."""
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        pytest.skip("the fake GPU is built by g++ on Linux")
+    if torch.version.cuda is not None or torch.version.hip is not None:
+        pytest.skip("the fake GPU is for a CPU build of torch")
+    root = tmp_path_factory.getbasetemp()
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+
+@pytest.fixture(scope="session")
+def reports(fake_gpus) -> dict[str, dict | str]:
+    """The reports of all tiny cases, of one process."""
+    folder, found = fake_gpus / "tiny", fake_gpus / "tiny.json"
+    with FileLock(fake_gpus / "tiny.lock"):
+        if not found.exists():
+            for path in tiny_pipelines.save_photos(folder / "photos", count=2).iterdir():
+                mask = Image.new("L", Image.open(path).size)
+                mask.paste(255, (8, 8, 40, 40))
+                (folder / "masks").mkdir(exist_ok=True)
+                mask.save(folder / "masks" / f"{path.stem}.png")
+            cases = {name: arguments(name, folder) for name in NAMED}
+            found.write_text(json.dumps(run_cases(folder, cases)))
+    return json.loads(found.read_text())
+
+
+def waits(report: dict) -> dict[str, int]:
+    """All that a training waits for."""
+    return {what: count for what, count in report["traffic"].items() if not what.startswith("free copy")}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_everything_is_on_the_device_and_what_trains_is_float32(name, reports):
+    report = reports[name]
+    assert isinstance(report, dict), report
+    half = [dtype for flag, dtype in (("fp16", "float16"), ("bf16", "bfloat16")) if flag in NAMED[name][1]]
+    assert report["parameters"] == [f"torch.{dtype} cuda:0" for dtype in (*half, "float32")]
+    assert report["trained"] == report["gradients"] == ["torch.float32 cuda:0"]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED if "crops" not in name])
+def test_a_training_waits_for_its_log_alone(name, reports):
+    (base, flags), expected = NAMED[name], {}
+    expected["reading a number in log_steps"] = 2 if "no_anchor" in name else 6  # of two steps three terms
+    if "fp16" in flags:
+        expected["reading a number in train"] = 2  # GradScaler asks at each optimizer step whether it may be done
+    if not base.startswith("sd3") and "edm" not in name and base != "playground":
+        expected["blocking copy from cpu to cuda in diffuse"] = 1  # of the noise schedule, which stays
+    assert waits(reports[name]) == expected
+
+
+@pytest.mark.parametrize(("base", "copies"), [("sd15", 6), ("sdxl", 9), ("sd3", 9)])
+def test_what_a_micro_step_copies(base, copies, reports):
+    # Posterior, its noise, noise, timesteps, embeddings of two prompts; SDXL's pooled ones and time ids; SD3's sigmas.
+    found = reports[f"{base}-plain"]["traffic"]
+    assert {what: count for what, count in found.items() if what.startswith("free")} == {
+        "free copy from cpu to cuda in to_device": 2 * copies
+    }
+
+
+def test_offloading_with_random_crops_moves_the_vae_once_for_a_group(reports, fake_gpus):
+    with safe_open(fake_gpus / "tiny" / "sd3" / "vae" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        weights = len(file.keys())
+    found = waits(reports["sd3-crops"])
+    assert {what: count for what, count in found.items() if what.endswith("vae_at_work")} == {
+        "blocking copy from cpu to cuda in vae_at_work": weights,
+        "blocking copy from cuda to cpu in vae_at_work": weights,
+    }
+    assert len(found) == 3  # with the log
