@@ -8,6 +8,7 @@ two devices, wrong dtypes, copies that wait. Not seen: numbers, kernels, streams
 and starts this file as a program of its own, since torch must find the device when it is imported.
 """
 
+import contextlib
 import gc
 import importlib
 import json
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from memory import LiveBytes, flash_attention
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -108,8 +110,27 @@ def load_part(kind: type, source: str, subfolder: str | None = None, dtype=torch
     return model.to(dtype).requires_grad_(False)
 
 
-def report(script: str, arguments: list[str]) -> dict:
-    """What waits in a whole training, what it leaves free to run ahead, and the dtypes and devices of what trains."""
+def measure_stages(sap, counted: LiveBytes) -> dict[str, int]:
+    """Have the stages of a script leave the most bytes that there were on the GPU meanwhile."""
+    peaks = {}
+
+    def measured(stage):
+        def function(*args):
+            counted.peak = counted.live
+            result = stage(*args)
+            peaks[stage.__name__] = counted.peak
+            return result
+
+        return function
+
+    for name in ("load_text_pipeline", "encode_texts", "encode_images", "load_denoiser", "train"):
+        setattr(sap, name, measured(getattr(sap, name)))
+    return peaks
+
+
+def report(script: str, arguments: list[str], memory: bool = False) -> dict:
+    """What waits in a whole training, what it leaves free to run ahead, and the dtypes and devices of what trains; if
+    asked for, which takes long, what its stages need."""
     sap = importlib.import_module(script)
     sap.load_part, torch.nn.Module._apply = load_part, convert
     args = sap.parse_args(arguments)
@@ -117,17 +138,24 @@ def report(script: str, arguments: list[str]) -> dict:
     pretend()
     accelerator = sap.start_accelerator(args)
     images, scheduler = sap.SubjectImages(args), sap.training_scheduler(args)
-    gradients, traffic = [], Traffic()
-    with FakeTensorMode(allow_non_fake_inputs=True), traffic:
+    gradients, traffic, peaks = [], Traffic(), {}
+    with contextlib.ExitStack() as modes:
+        modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        modes.enter_context(traffic)
+        if memory:  # with the attention that GPUs have
+            torch.nn.functional.scaled_dot_product_attention = flash_attention
+            peaks = measure_stages(sap, modes.enter_context(LiveBytes(device="cuda")))
         run = sap.prepare(args, accelerator, images, scheduler=scheduler, record={}, signals=sap.StopRequests())
         training, parameters = sap.start_training(run, None, 0), run.student.trained().values()
         for parameter in parameters:
-            parameter.register_hook(gradients.append)
+            parameter.register_hook(lambda gradient: gradients.append((gradient.dtype, gradient.device)))
         traffic.seen.clear()
         sap.train(run, training)
-        tensors = {"trained": parameters, "gradients": gradients, "parameters": list(run.student.parameters())}
-    kinds = {name: sorted({f"{one.dtype} {one.device}" for one in found}) for name, found in tensors.items()}
-    return {"traffic": traffic.seen, **kinds}
+        places = {"trained": parameters, "parameters": run.student.parameters()}
+        places = {name: [(one.dtype, one.device) for one in found] for name, found in places.items()}
+    kinds = {name: sorted({f"{dtype} {device}" for dtype, device in found})
+             for name, found in (places | {"gradients": gradients}).items()}  # fmt: skip
+    return {"traffic": traffic.seen, "peaks": peaks, **kinds}
 
 
 def main(cases: Path) -> None:
@@ -143,8 +171,8 @@ def main(cases: Path) -> None:
 
 
 if __name__ == "__main__":
-    for script in ("train_sap_lora_sd15", "train_sap_lora_sdxl", "train_sap_lora_sd3"):
-        importlib.import_module(script)
+    for kind in ("sd15", "sdxl", "sd3"):
+        importlib.import_module(f"train_sap_lora_{kind}")
     torch.set_num_threads(1)
     gc.freeze()  # or each stage would look through all of it for garbage
     main(Path(sys.argv[1]))

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,8 @@ CASES = {
     "mode": (["sd3"], "--weighting_scheme=mode --precondition_outputs=0"),
 }
 NAMED = {f"{base}-{name}": (base, flags) for name, (bases, flags) in CASES.items() for base in bases}
+# Posterior, its noise, noise, timesteps, embeddings of two prompts; pooled ones and SDXL's time ids or SD3's sigmas.
+COPIES = {"sd15": 6, "sdxl": 9, "sd3": 9}
 BUCKETS = "--train_batch_size=2 --aspect_ratio_buckets=64,64;64,96 --mask_dir={}"
 
 
@@ -66,7 +69,7 @@ def run_cases(folder: Path, cases: dict) -> dict[str, dict | str]:
     """The report of each case, or the end of its log."""
     build(folder / "guard.so")
     (folder / "cases.json").write_text(json.dumps(cases))
-    environment = {"LD_PRELOAD": str(folder / "guard.so"), "PYTHONPATH": str(runner.ROOT)}
+    environment = {"LD_PRELOAD": str(folder / "guard.so"), "PYTHONPATH": f"{runner.ROOT}:{runner.ROOT / 'examples' / 'benchmark'}"}
     command = [sys.executable, str(Path(__file__).with_name("fake_gpu.py")), str(folder / "cases.json")]
     subprocess.run(command, check=True, env=os.environ | environment)
     reports = {name: folder / f"{name}.json" for name in cases}
@@ -126,12 +129,11 @@ def test_a_training_waits_for_its_log_alone(name, reports):
     assert waits(reports[name]) == expected
 
 
-@pytest.mark.parametrize(("base", "copies"), [("sd15", 6), ("sdxl", 9), ("sd3", 9)])
-def test_what_a_micro_step_copies(base, copies, reports):
-    # Posterior, its noise, noise, timesteps, embeddings of two prompts; SDXL's pooled ones and time ids; SD3's sigmas.
+@pytest.mark.parametrize("base", ANY)
+def test_what_a_micro_step_copies(base, reports):
     found = reports[f"{base}-plain"]["traffic"]
     assert {what: count for what, count in found.items() if what.startswith("free")} == {
-        "free copy from cpu to cuda in to_device": 2 * copies
+        "free copy from cpu to cuda in to_device": 2 * COPIES[base]
     }
 
 
@@ -144,3 +146,57 @@ def test_offloading_with_random_crops_moves_the_vae_once_for_a_group(reports, fa
         "blocking copy from cuda to cpu in vae_at_work": weights,
     }
     assert len(found) == 3  # with the log
+
+
+# ---- What a CPU shows without a fake GPU ----
+
+
+def of_script(base: str, folder: Path, *more: str):
+    """The module and `Run` of one script on the CPU, of four micro-steps in two groups."""
+    script, save, _ = BASES[base]
+    photos = tiny_pipelines.save_photos(folder / "photos", count=2)
+    flags = runner.flags(save(folder / base), photos, folder / "output", "--anchor_batch_size=2", *more, steps=4)
+    return runner.make_run(script, runner.without(flags, *["--center_crop"] * ("--offload" in more)))
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+@pytest.mark.parametrize("base", ANY)
+def test_copies_go_through_pinned_memory_on_cuda_and_wait_elsewhere(base, device, tmp_path, monkeypatch):
+    sap, run = of_script(base, tmp_path)
+    place, seen, to = types.SimpleNamespace(type=device), [], torch.Tensor.to
+
+    def record(tensor, *places, **options):
+        if places[:1] == (place,):
+            seen.append(options)
+            return tensor
+        return to(tensor, *places, **options)
+
+    monkeypatch.setattr(sap.Run, "device", place)
+    monkeypatch.setattr(torch.Tensor, "to", record)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: seen.append("pinned") or tensor)
+    assert len(list(sap.micro_steps(run, 0))) == 4
+    copies = 4 * COPIES[base]
+    # On MPS a copy that does not wait may read what is free by then (pytorch #189690).
+    assert seen == ["pinned", {"non_blocking": True}] * copies if device == "cuda" else [{}] * copies
+
+
+@pytest.mark.parametrize("base", ANY)
+def test_switching_collected_adapters_walks_over_no_modules(base, tmp_path, monkeypatch):
+    sap, run = of_script(base, tmp_path)
+    walks, named_modules = [], torch.nn.Module.named_modules
+    monkeypatch.setattr(
+        torch.nn.Module, "named_modules", lambda *args, **options: walks.append(1) or named_modules(*args, **options)
+    )
+    assert len(list(sap.micro_steps(run, 0))) == 4
+    assert not walks
+    with sap.adapters_disabled(run.student.denoiser):
+        assert walks
+
+
+@pytest.mark.parametrize("base", ANY)
+def test_offloading_moves_the_vae_once_for_the_crops_of_a_group(base, tmp_path, monkeypatch):
+    sap, run = of_script(base, tmp_path, "--offload")
+    moves = []
+    monkeypatch.setattr(run.vae, "to", lambda device: moves.append(str(device)) or run.vae)
+    assert len(list(sap.micro_steps(run, 0))) == 4
+    assert moves == [str(run.device), "cpu"] * 2

@@ -28,18 +28,19 @@ BESIDE = 0.8e9  # bytes left for what the estimate does not see
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages that are made inside and not yet gone, and the most there were at once.
 
-    `before` are tensors that were there before: views of them make nothing.
+    `before` are tensors that were there before: views of them make nothing. Tensors on other devices than `device`, if
+    one is named, do not count.
     """
 
-    def __init__(self, before: Iterable[torch.Tensor] = ()):
+    def __init__(self, before: Iterable[torch.Tensor] = (), device: str | None = None):
         super().__init__()
-        self.live, self.peak = 0, 0
+        self.live, self.peak, self.device = 0, 0, device
         self.known = {tensor.untyped_storage()._cdata for tensor in before}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and self.device in (None, tensor.device.type):
                 self.count(tensor.untyped_storage())
         return result
 
