@@ -17,6 +17,12 @@ from filelock import FileLock
 from PIL import Image
 from safetensors import safe_open
 
+BENCHMARK = runner.ROOT / "examples" / "benchmark"
+sys.path.insert(0, str(BENCHMARK))
+
+import memory  # noqa: E402
+import models  # noqa: E402
+
 BASES = {
     "sd15": ("train_sap_lora_sd15", tiny_pipelines.save_sd15, {}),
     "sd21": ("train_sap_lora_sd15", tiny_pipelines.save_sd15, {"prediction_type": "v_prediction"}),
@@ -42,6 +48,7 @@ CASES = {
 NAMED = {f"{base}-{name}": (base, flags) for name, (bases, flags) in CASES.items() for base in bases}
 # Posterior, its noise, noise, timesteps, embeddings of two prompts; pooled ones and SDXL's time ids or SD3's sigmas.
 COPIES = {"sd15": 6, "sdxl": 9, "sd3": 9}
+LOG, SCHEDULE = "reading a number in log_steps", "blocking copy from cpu to cuda in diffuse"
 BUCKETS = "--train_batch_size=2 --aspect_ratio_buckets=64,64;64,96 --mask_dir={}"
 
 
@@ -69,7 +76,7 @@ def run_cases(folder: Path, cases: dict) -> dict[str, dict | str]:
     """The report of each case, or the end of its log."""
     build(folder / "guard.so")
     (folder / "cases.json").write_text(json.dumps(cases))
-    environment = {"LD_PRELOAD": str(folder / "guard.so"), "PYTHONPATH": f"{runner.ROOT}:{runner.ROOT / 'examples' / 'benchmark'}"}
+    environment = {"LD_PRELOAD": str(folder / "guard.so"), "PYTHONPATH": f"{runner.ROOT}:{BENCHMARK}"}
     command = [sys.executable, str(Path(__file__).with_name("fake_gpu.py")), str(folder / "cases.json")]
     subprocess.run(command, check=True, env=os.environ | environment)
     reports = {name: folder / f"{name}.json" for name in cases}
@@ -121,11 +128,11 @@ def test_everything_is_on_the_device_and_what_trains_is_float32(name, reports):
 @pytest.mark.parametrize("name", [name for name in NAMED if "crops" not in name])
 def test_a_training_waits_for_its_log_alone(name, reports):
     (base, flags), expected = NAMED[name], {}
-    expected["reading a number in log_steps"] = 2 if "no_anchor" in name else 6  # of two steps three terms
+    expected[LOG] = 2 if "no_anchor" in name else 6  # of two steps three terms
     if "fp16" in flags:
         expected["reading a number in train"] = 2  # GradScaler asks at each optimizer step whether it may be done
     if not base.startswith("sd3") and "edm" not in name and base != "playground":
-        expected["blocking copy from cpu to cuda in diffuse"] = 1  # of the noise schedule, which stays
+        expected[SCHEDULE] = 1  # of the noise schedule, which stays
     assert waits(reports[name]) == expected
 
 
@@ -146,6 +153,43 @@ def test_offloading_with_random_crops_moves_the_vae_once_for_a_group(reports, fa
         "blocking copy from cuda to cpu in vae_at_work": weights,
     }
     assert len(found) == 3  # with the log
+
+
+# GB that stages need at the most: prompts, pictures, training, and that with checkpointing.
+PEAKS = {"sd15": (0.25, 1.01, 2.90, 2.01), "sdxl": (1.64, 3.03, 13.08, 6.25), "sd3": (11.44, 3.03, 9.36, 4.92)}
+
+
+@pytest.mark.slow
+def test_full_size_trains_in_known_memory(fake_gpus):
+    """Prints the table of memory of the READMEs: `pytest -s`."""
+    folder, cases, flags = fake_gpus / "full", {}, "--mixed_precision bf16"
+    tiny_pipelines.save_photos(folder / "photos", count=2)
+    for base in ANY:
+        script, save, _ = BASES[base]
+        save(folder / base)
+        for part, sizes in models.PARTS[base].items():
+            path = folder / base / part / "config.json"
+            kept = ("_class_name", "architectures", "model_type")
+            config = {key: one for key, one in json.loads(path.read_text()).items() if key in kept}
+            path.write_text(json.dumps(config | sizes))
+        resolution = f"--resolution={models.BACKBONES[base, 'full'].resolution}"
+        common = runner.flags(folder / base, folder / "photos", folder / "output", *flags.split(), resolution, steps=4)
+        cases |= {base: (script, common, True), f"{base}-less": (script, [*common, "--gradient_checkpointing"], True)}
+    reports, rows = run_cases(folder, cases), []
+    for base in ANY:
+        assert isinstance(reports[base], dict), reports[base]
+        assert isinstance(reports[f"{base}-less"], dict), reports[f"{base}-less"]
+        assert set(waits(reports[base])) <= {
+            "reading a number in log_steps",
+            "blocking copy from cpu to cuda in diffuse",
+        }
+        most, less = reports[base]["peaks"], reports[f"{base}-less"]["peaks"]
+        found = [most["load_text_pipeline"], most["encode_images"], most["train"], less["train"]]
+        assert [one / 1e9 for one in found] == pytest.approx(PEAKS[base], rel=0.02)
+        four = {name: less[name] - memory.saved_by_4_bits(base) for name in ("load_denoiser", "train")}
+        rows += [(base, flags, most), (base, f"{flags} --gradient_checkpointing", less)]
+        rows.append((base, f"{rows[-1][1]} --bnb_quantization_config_path nf4.json", less | four))
+    print(memory.memory_table(rows))
 
 
 # ---- What a CPU shows without a fake GPU ----

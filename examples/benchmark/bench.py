@@ -2,7 +2,6 @@
 """Time the scripts' own training loop on random weights: plain, with anchors, and with a doubled batch.
 
     python examples/benchmark/bench.py --output outputs/benchmark              # on a GPU: full size, bf16
-    python examples/benchmark/bench.py --memory --output outputs/benchmark     # what fits: no GPU is needed
     python examples/benchmark/bench.py --trainer "train_sap_lora_sd15.py FLAGS" --trainer "other.py FLAGS"
 
 All variants of a backbone train one denoiser in one process, in turns, so that other load on the machine falls on all
@@ -28,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -65,7 +65,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     add("--trainer", action="append", help="A training command, timed as a user runs it; repeat it to compare.")
     add("--trainer_steps", type=int, nargs=2, default=[4, 12], help="Its --max_train_steps: the difference is timed.")
-    add("--memory", action="store_true", help="Estimate the memory of full-size training instead.")
     add("--output", type=Path, help="Folder for benchmark.md and benchmark.json (default: only printed).")
     args = parser.parse_args(input_args)
     if args.rounds < 1:
@@ -139,12 +138,14 @@ def make_run(backbone: Backbone, flags: list[str], folder: Path) -> tuple:
     posteriors = {(i, False): draw(2 * backbone.latent_channels, edge // 8, edge // 8) for i in range(len(images))}
     vae = AutoencoderKL(latent_channels=backbone.latent_channels, **backbone.vae_config)  # only its scale is used
     torch.manual_seed(0)
+    load_part = module.load_part
     if args.bnb_quantization_config_path is None:
-        module.load_part = lambda *_, dtype, **__: backbone.build(dtype, accelerator.device).requires_grad_(False)
+        load_part = lambda *_, dtype, **__: backbone.build(dtype, accelerator.device).requires_grad_(False)  # noqa: E731
     else:  # diffusers quantises what it reads from a disk
         backbone.build(dtype, accelerator.device).save_pretrained(folder / module.DENOISER)
         free_memory()
-    denoiser = module.load_denoiser(args, accelerator, images)
+    with mock.patch.object(module, "load_part", load_part):
+        denoiser = module.load_denoiser(args, accelerator, images)
     module.add_adapters(args, {module.DENOISER: denoiser})
     student, more = module.Student(denoiser), {"record": {}, "signals": module.StopRequests()}
     scheduler = backbone.scheduler()
@@ -295,12 +296,7 @@ def main(args: argparse.Namespace) -> None:
     args.mixed_precision = args.mixed_precision or ("bf16" if on_gpu() else "no")
     report = {"machine": machine(), "options": {name: str(value) for name, value in vars(args).items()}}
     text = f"{report['machine']}\n\n"
-    if args.memory:
-        from memory import estimate, memory_table
-
-        report["memory"] = [row for name in args.backbone for row in estimate(name)]
-        text += memory_table(report["memory"])
-    elif args.trainer:
+    if args.trainer:
         report["commands"] = measure_commands(args.trainer, args)
         text += commands_table(report["commands"])
     else:

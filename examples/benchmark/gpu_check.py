@@ -264,12 +264,12 @@ def lacking(needs: str) -> str:
 
 def run_check(check: Check, folder: Path) -> None:
     """What the process of a check does."""
-    with (folder / f"{check.key}.log").open("w", buffering=1) as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        record = {"seconds": time.perf_counter()} | {"numbers": check.work()}
-        record["seconds"] = time.perf_counter() - record["seconds"]
-        (folder / f"{check.key}.json").write_text(json.dumps(record))
+    sys.stdout = sys.stderr = log = (folder / f"{check.key}.log").open("w", buffering=1)
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    begin = time.perf_counter()
+    record = {"numbers": check.work(), "seconds": time.perf_counter() - begin}
+    (folder / f"{check.key}.json").write_text(json.dumps(record))
 
 
 def failure(process: multiprocessing.Process, log: Path) -> str:
