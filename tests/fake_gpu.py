@@ -101,7 +101,7 @@ def convert(self, function, recurse=True) -> torch.nn.Module:
     return self
 
 
-def load_part(kind: type, source: str, subfolder: str | None = None, dtype=torch.float32, **_) -> torch.nn.Module:
+def load_part(kind: type, flag: str, source: str, subfolder=None, dtype=torch.float32, **_) -> torch.nn.Module:
     """A model of the base by its configuration alone."""
     if issubclass(kind, transformers.PreTrainedModel):
         model = kind(kind.config_class.from_pretrained(source, subfolder=subfolder))

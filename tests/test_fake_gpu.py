@@ -221,7 +221,7 @@ def test_copies_go_through_pinned_memory_on_cuda_and_wait_elsewhere(base, device
     assert len(list(sap.micro_steps(run, 0))) == 4
     copies = 4 * COPIES[base]
     # On MPS a copy that does not wait may read what is free by then (pytorch #189690).
-    assert seen == ["pinned", {"non_blocking": True}] * copies if device == "cuda" else [{}] * copies
+    assert seen == (["pinned", {"non_blocking": True}] if device == "cuda" else [{}]) * copies
 
 
 @pytest.mark.parametrize("base", ANY)
