@@ -157,12 +157,13 @@ def take_turn(module, run, settings: dict, steps: int = STEPS) -> tuple[float, f
     args = copy.copy(run.args)
     vars(args).update(settings, max_train_steps=steps)
     student = module.Student(run.student.denoiser)  # accelerate wraps what it prepares, each time
-    run = dataclasses.replace(run, args=args, images=module.SubjectImages(args), student=student)
-    training = module.start_training(run, None, 0)
-    synchronise()
-    begin = time.perf_counter(), time.process_time()
-    module.train(run, training)
-    synchronise()
+    with mock.patch.object(module, "tqdm", functools.partial(tqdm, disable=True)):
+        run = dataclasses.replace(run, args=args, images=module.SubjectImages(args), student=student)
+        training = module.start_training(run, None, 0)
+        synchronise()
+        begin = time.perf_counter(), time.process_time()
+        module.train(run, training)
+        synchronise()
     seconds, cpu_seconds = time.perf_counter() - begin[0], time.process_time() - begin[1]
     run.accelerator.free_memory()
     student.zero_grad()

@@ -181,7 +181,7 @@ def anchored(backbone: str, folder: Path) -> dict:
     run = module.prepare(args, accelerator, images, **more)
     for parameter in run.student.trained().values():
         parameter.data.add_(0.05)
-    pairs, base = list(module.micro_steps(run, 0)), module.load_denoiser(args, accelerator, images)
+    pairs, base = list(module.micro_steps(run, 0)), module.load_denoiser(args, accelerator, images).train()
     inputs = [(step.model_input, step.timesteps, step.anchor_conditioning) for step, _ in pairs]
     with accelerator.autocast():
         plain = module.predict_anchors(base, module.denoise, inputs, args.anchor_batch_size)
