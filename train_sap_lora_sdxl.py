@@ -378,9 +378,9 @@ def draw_latents(run: Run, items: list[dict], generator: torch.Generator) -> Ten
     if run.images.cacheable:
         parameters = torch.cat([run.posteriors[item["index"], item["flipped"]] for item in items])
     else:
-        with vae_at_work(run) as vae, torch.no_grad():
+        with torch.no_grad():
             pixel_values = to_device(torch.stack([item["pixel_values"] for item in items]), run.device)
-            parameters = vae.encode(pixel_values).latent_dist.parameters
+            parameters = run.vae.to(run.device).encode(pixel_values).latent_dist.parameters
     posterior = DiagonalGaussianDistribution(to_device(parameters, run.device))
     noise = to_device(torch.randn(posterior.mean.shape, generator=generator), run.device)
     return scale_latents(posterior.mean + posterior.std * noise, run.vae)
@@ -521,6 +521,8 @@ def micro_steps(run: Run, start: int) -> Iterator[tuple[MicroStep, Tensor | None
     numbered = enumerate(images.batches(draws), first)
     while group := list(itertools.islice(numbered, size)):
         steps, anchors = [draw_micro_step(run, i, items) for i, items in group], [None] * size
+        if args.offload:  # where crops are drawn anew, the VAE has worked for the whole group
+            run.vae.to("cpu")
         if args.anchor_weight > 0:
             inputs = [(step.model_input, step.timesteps, step.anchor_conditioning) for step in steps]
             options = (args.anchor_batch_size, args.anchor_source, run.student.adapters)
