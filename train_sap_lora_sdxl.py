@@ -1368,7 +1368,7 @@ def lora_metadata(run: Run) -> dict[str, str]:
     args, (version, architecture), size = run.args, base_version(run), run.args.resolution
     title, trigger = Path(args.output_dir).name, args.instance_prompt
     entries = {"base_model_version": version, "v2": version.startswith("sd_v2"), "network_module": "networks.lora",
-               "network_dim": args.rank, "network_alpha": args.lora_alpha or args.rank, "output_name": title,
+               "network_dim": args.rank, "network_alpha": args.lora_alpha, "output_name": title,
                "sd_model_name": Path(args.pretrained_model_name_or_path).name, "resolution": (size, size),
                "tag_frequency": json.dumps({title: {trigger: run.images.count}})}  # fmt: skip
     spec = {"sai_model_spec": "1.0.1", "architecture": f"{architecture}/lora", "implementation": "diffusers",

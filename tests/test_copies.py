@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scripts share code by copying it; these tests make the copies a law, and the flags that scripts share too."""
 
+import ast
 import re
 
 import copies
@@ -61,7 +62,7 @@ def test_flags_that_two_scripts_share_are_the_same(script):
 def test_the_header_of_a_script_asks_for_what_requirements_ask_for(script):
     header = re.search(r"^# /// script\n(.*?)^# ///$", TEXTS[script], re.DOTALL | re.MULTILINE).group(1)
     header = "".join(line.removeprefix("#").removeprefix(" ") for line in header.splitlines(keepends=True))
-    asked = re.findall(r'^    ["\'](.+)["\'],$', header, re.MULTILINE)
+    asked = ast.literal_eval(header.split("dependencies = ")[1])
     lines = (copies.ROOT / "requirements.txt").read_text().splitlines()
     wanted = [line.replace('"', "'") for line in lines if line and not line.startswith("#")]
     assert sorted(asked) == sorted(wanted)
