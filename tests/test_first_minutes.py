@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first minutes of three newcomers: a hobbyist with phone photos, a diffusers user, a researcher."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import tiny_pipelines
+import torch
+from huggingface_hub import errors
+from PIL import Image
+from runner import LORA_FILE, ROOT, assert_equal, flags, lora, train, without
+
+import train_sap_lora_sd3 as sd3
+import train_sap_lora_sd15 as sap
+import train_sap_lora_sdxl as sdxl
+
+SCRIPT = "train_sap_lora_sd15"
+# The LoRA commands of the three README files beside diffusers' examples, of which only the script's name is changed.
+SHARED = (
+    '--mixed_precision=fp16 --resolution=1024 --train_batch_size=1 --learning_rate=1e-4 --report_to="wandb" '
+    '--lr_scheduler="constant" --lr_warmup_steps=0 --max_train_steps=500 --seed="0" --push_to_hub '
+    '--validation_prompt="A photo of sks dog in a bucket" --instance_prompt="a photo of sks dog" '
+)
+COMMANDS = {
+    "sd15": (sap, SHARED + "--instance_data_dir=dog --output_dir=out --gradient_accumulation_steps=1 --resolution=512 "
+             "--checkpointing_steps=100 --pretrained_model_name_or_path=runwayml/stable-diffusion-v1-5"),
+    "sdxl": (sdxl, SHARED + "--instance_data_dir=dog --output_dir=lora-trained-xl --gradient_accumulation_steps=4 "
+             "--pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix --validation_epochs=25 "
+             "--pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0"),
+    "sdxl, 16 GB": (sdxl, SHARED + "--instance_data_dir=dog --output_dir=lora-trained-xl --gradient_checkpointing "
+                    "--use_8bit_adam --pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0"),
+    "playground": (sdxl, SHARED + '--instance_data_dir="dog" --output_dir="dog-playground-lora" --use_8bit_adam '
+                   "--gradient_accumulation_steps=4 --validation_epochs=25 "
+                   "--pretrained_model_name_or_path=playgroundai/playground-v2.5-1024px-aesthetic"),
+    "sd3": (sd3, SHARED + "--instance_data_dir=dog --output_dir=trained-sd3-lora --resolution=512 "
+            "--learning_rate=4e-4 --validation_epochs=25 "
+            "--pretrained_model_name_or_path=stabilityai/stable-diffusion-3-medium-diffusers"),
+    "sd3, text encoders": (sd3, SHARED + '--dataset_name="Norod78/Yarn-art-style" --train_text_encoder --rank=32 '
+                           '--instance_prompt="a photo of TOK yarn art dog" --optimizer="prodigy" --learning_rate=1.0 '
+                           "--text_encoder_lr=1.0 --output_dir=trained-sd3-lora "
+                           "--pretrained_model_name_or_path=stabilityai/stable-diffusion-3-medium-diffusers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_pasted_command_is_taken_with_nothing_added(name, photos, tmp_path, monkeypatch):
+    script, command = COMMANDS[name]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(photos, tmp_path / "dog")
+    args = script.parse_args(shlex.split(command))
+    expected = "a photo of a yarn art dog" if "TOK" in command else "a photo of a dog"
+    assert (args.class_prompt, args.anchor_weight) == (expected, 0.5)
+
+
+def test_a_pasted_command_trains_and_says_what_its_anchor_is(sd15, photos, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(photos, tmp_path / "dog")
+    words = [word for word in shlex.split(COMMANDS["sd15"][1]) if word != "--push_to_hub"]
+    on_a_cpu = [
+        f"--pretrained_model_name_or_path={sd15}",
+        "--resolution=64",
+        "--max_train_steps=2",
+        "--report_to=none",
+    ]
+    train(SCRIPT, [*words, *on_a_cpu, "--mixed_precision=no", "--num_validation_images=1"])
+    assert lora(tmp_path / "out")
+    assert (
+        'Anchor:   "a photo of a dog", w = 0.5 (--instance_prompt without "sks"; --class_prompt to say' in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a photo of sks dog", "a photo of a dog"),
+        ("a photo of a sks elephant", "a photo of an elephant"),
+        ("an ohwx cat", "a cat"),
+        ("the sks dog on the beach", "the dog on the beach"),
+        ("a photo of my <dog-1> dog", "a photo of my dog"),
+        ("a photo of sks shoes", "a photo of shoes"),
+        ("photo of TOK", "photo of"),
+        ("a painting in the style of S*", "a painting in the style of"),
+        ("a photo of a [V] dog near desks", "a photo of a dog near desks"),
+        ("a V* toy", "a toy"),
+    ],
+)
+def test_the_class_prompt_is_the_instance_prompt_without_its_identifier(prompt, expected, photos):
+    arguments = without(flags("base", photos, "/out"), "--class_prompt", "--instance_prompt")
+    assert sap.parse_args([*arguments, f"--instance_prompt={prompt}"]).class_prompt == expected
+
+
+@pytest.mark.parametrize("prompt", ["a photo of my dog", "sks dog and ohwx cat", "masks", "sksdog"])
+def test_without_one_identifier_the_class_prompt_is_asked_for(prompt, photos, capsys):
+    arguments = without(flags("base", photos, "/out"), "--class_prompt", "--instance_prompt")
+    with pytest.raises(SystemExit, match="2"):
+        sap.parse_args([*arguments, f"--instance_prompt={prompt}"])
+    assert "the anchor needs a prompt for the class: --class_prompt" in capsys.readouterr().err
+
+
+# ---- Folders ----
+
+
+def test_a_finished_lora_is_not_overwritten_by_an_older_run(sd15, photos, tmp_path, caplog):
+    stopped = flags(sd15, photos, tmp_path, "--checkpointing_steps=1", "--seed=5", steps=4)
+    train(SCRIPT, stopped)
+    (tmp_path / sap.FINISHED_FILE).unlink()
+    fresh = flags(sd15, photos, tmp_path, "--checkpointing_steps=10", steps=2)
+    train(SCRIPT, fresh)
+    finished = lora(tmp_path)
+    assert "checkpoint-4 is of another run" in caplog.text
+    assert {path.name for path in (tmp_path / "earlier-1").iterdir()} == {f"checkpoint-{i}" for i in range(1, 5)}
+    train(SCRIPT, [*fresh, "--resume_from_checkpoint=latest"])
+    assert "holds the finished run of 2 steps: nothing is left" in caplog.text
+    assert_equal(lora(tmp_path), finished)
+
+
+def test_a_checkpoint_beyond_the_last_step_is_never_the_result(sd15, photos, tmp_path):
+    train(SCRIPT, flags(sd15, photos, tmp_path, "--checkpointing_steps=4", steps=4))
+    before = (tmp_path / LORA_FILE).read_bytes()
+    with pytest.raises(sap.UsageError, match="is beyond --max_train_steps 2"):
+        train(SCRIPT, flags(sd15, photos, tmp_path, "--resume_from_checkpoint=checkpoint-4", steps=2))
+    assert (tmp_path / LORA_FILE).read_bytes() == before
+
+
+def test_checkpoints_of_the_same_run_stay_where_they_are(sd15, photos, tmp_path):
+    for _ in range(2):
+        train(SCRIPT, flags(sd15, photos, tmp_path, "--checkpointing_steps=1", steps=2))
+    assert not list(tmp_path.glob("earlier-*"))
+    assert len(sap.list_checkpoints(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("below", ["", "out"])
+def test_output_among_the_photos_is_refused(below, photos, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        sap.parse_args(flags("base", photos, photos / below))
+    assert "--output_dir is in the folder of the photos" in capsys.readouterr().err
+
+
+def test_what_no_user_put_there_is_not_mentioned_and_heic_is_explained(tmp_path, caplog):
+    tiny_pipelines.save_photos(tmp_path, count=1)
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._00.jpg", "IMG_1.HEIC", "notes.md"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".cache").mkdir()
+    sap.SubjectImages(sap.parse_args(flags("base", tmp_path, "/out")))
+    (line,) = [record.message for record in caplog.records if "skipped" in record.message]
+    assert line.split("skipped: ")[1].split(";")[0] == "IMG_1.HEIC, notes.md"
+    assert "export JPEG, or pip install pillow-heif" in line
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(tmp_path, monkeypatch):
+    registered = []
+    stand_in = types.SimpleNamespace(register_heif_opener=lambda: registered.append(True))
+    monkeypatch.setitem(sap.sys.modules, "pillow_heif", stand_in)
+    find = sap.importlib.util.find_spec
+    monkeypatch.setattr(sap.importlib.util, "find_spec", lambda name: name if name == "pillow_heif" else find(name))
+    tiny_pipelines.save_photos(tmp_path, count=1)
+    sap.SubjectImages(sap.parse_args(flags("base", tmp_path, "/out")))
+    assert registered
+
+
+# ---- Words ----
+
+
+def test_what_teaches_little_and_small_photos_are_told(sd15, photos, tmp_path, caplog):
+    train(SCRIPT, flags(sd15, photos, tmp_path / "few", "--resolution=128", steps=2))
+    assert "Each picture is seen 0.4 times, which teaches little: --max_train_steps" in caplog.text
+    assert "pictures are smaller than --resolution 128" in caplog.text
+    caplog.clear()
+    train(SCRIPT, flags(sd15, photos, tmp_path / "many", "--train_batch_size=8", "--anchor_weight=0", steps=32))
+    assert "teaches little" not in caplog.text
+
+
+@pytest.mark.parametrize("prompt", ["a photo of sks dog", "one sks dog"])
+def test_a_class_prompt_that_still_names_the_subject_is_warned_of(prompt, photos, caplog):
+    sap.warn_about_arguments(sap.parse_args(flags("base", photos, "/out", f"--class_prompt={prompt}")))
+    assert "should be --instance_prompt without the word for the subject" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flag", "like"), [("--clas_prompt=x", "--class_prompt"), ("--lerning_rate=1", "--learning_rate"), ("--zzz", None)]
+)
+def test_a_mistyped_flag_is_answered_with_the_one_that_is_meant(flag, like, photos, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        sap.parse_args(flags("base", photos, "/out", flag))
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert flag in last
+    assert ("did you mean" in last) == (like is not None)
+    assert like is None or f"did you mean {like}?" in last
+
+
+def test_an_abbreviation_is_taken_as_upstream_takes_it_and_told(photos, capsys):
+    assert sap.parse_args(flags("base", photos, "/out", "--class_p=x")).class_prompt == "x"
+    assert "--class_p is read as --class_prompt" in capsys.readouterr().err
+
+
+def of_the_hub(kind: type[Exception]) -> Exception:
+    """An error as huggingface_hub raises it, which the libraries wrap into an OSError."""
+    try:
+        raise kind.__new__(kind)
+    except Exception as cause:  # noqa: BLE001 (made just above)
+        wrapped = OSError("somebody/thing cannot be had")
+        wrapped.__cause__ = cause
+        return wrapped
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        (errors.GatedRepoError, "accept its terms"),
+        (errors.RepositoryNotFoundError, "check the name"),
+        (errors.LocalEntryNotFoundError, "cannot be reached"),
+        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
+        (errors.LocalTokenNotFoundError, "hf auth login"),
+    ],
+)
+def test_the_hubs_causes_have_advice_of_their_own(kind, advice, sd15, photos, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise of_the_hub(kind)
+
+    monkeypatch.setattr(sap.PIPELINE_CLASS, "load_config", fail)
+    with pytest.raises(sap.UsageError, match=f"somebody/thing .*{advice}"):
+        train(SCRIPT, flags("somebody/thing", photos, tmp_path))
+
+
+def test_two_equal_runs_write_equal_bytes(sd15, photos, tmp_path):
+    for name in ("one", "two"):
+        train(SCRIPT, flags(sd15, photos, tmp_path / name / "dog", "--output_kohya_format"))
+    for file in (LORA_FILE, sap.KOHYA_FILE):
+        one, two = ((tmp_path / name / "dog" / file).read_bytes() for name in ("one", "two"))
+        assert one == two
+
+
+def test_the_finished_mark_names_the_step(sd15, photos, tmp_path):
+    train(SCRIPT, flags(sd15, photos, tmp_path))
+    state = json.loads(Path(tmp_path / sap.FINISHED_FILE).read_text())
+    assert (state["format"], state["global_step"]) == (sap.STATE_FORMAT, 2)
+    assert Image.MAX_IMAGE_PIXELS is not None  # reading pictures leaves Pillow's guard alone
+    assert torch.is_grad_enabled()
+
+
+def test_nothing_foreign_is_said_before_our_first_line(sd15, photos, tmp_path):
+    command = [sys.executable, ROOT / f"{SCRIPT}.py", *flags(sd15, photos, tmp_path / "out")]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [line.split("\r")[-1] for line in result.stderr.splitlines() if not re.search(r"\d+%\||^\s*$", line)]
+    assert lines[0].startswith("Pictures: ")
