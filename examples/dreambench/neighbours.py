@@ -95,22 +95,21 @@ def make_class_images(args: argparse.Namespace) -> Path:
 def prior(script: ModuleType, args: argparse.Namespace) -> dict[str, Callable]:
     """Class pictures are encoded with the subject's, as pictures that are held out, so batches never hold them.
 
-    Each micro-step gets a second one of as many class pictures, with noise and timesteps of its own.
+    Each micro-step gets a second one of as many class pictures, with noise and timesteps of its own. As pictures that
+    are held out they are cropped in the middle and not mirrored.
     """
     folder, loss_terms, draw, of_class = make_class_images(args), script.loss_terms, script.draw_micro_step, {}
 
     class SubjectImages(script.SubjectImages):
         def __init__(self, args):
             super().__init__(argparse.Namespace(**vars(args) | {"validation_data_dir": str(folder)}))
-            self.captions[self.count :] = [args.class_prompt] * len(self.held_out)
+            self.captions[self.count :] = [args.class_prompt] * (len(self) - self.count)
 
     def draw_micro_step(run, index, items):
         images, key = run.images, (run.args.seed, run.accelerator.process_index, index, "class")
         generator = script.keyed_generator(*key)
         numbers = torch.randint(images.count, len(images), (len(items),), generator=generator).tolist()
         others = [images[number, (*key, i)] for i, number in enumerate(numbers)]
-        if not images.cacheable:
-            script.encode_crops(run, [(index, others)])
         of_class[index] = draw(run, -1 - index, others)
         return draw(run, index, items)
 
