@@ -243,7 +243,7 @@ def manifest_of(args: argparse.Namespace, pictures: list[Picture]) -> dict:
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
-    """Write manifest.json before the first picture.
+    """Write manifest.json before the first picture; those of other subjects or prompts that it has stay in it.
 
     Raises:
         ValueError: if the folder has pictures made otherwise, which would be mixed with these.
@@ -252,12 +252,15 @@ def write_manifest(folder: Path, manifest: dict) -> None:
     if path.is_file():
         try:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            pictures = {picture["file"]: picture for picture in before["images"]}
+        except (ValueError, TypeError, LookupError) as error:
             raise ValueError(f"{path} is damaged ({error}): remove it, it is written again") from error
-        changed = [key for key in manifest if before.get(key) != manifest[key]]
+        added = {picture["file"]: picture for picture in manifest["images"]}
+        changed = [key for key in manifest if key != "images" and before.get(key) != manifest[key]]
+        changed += ["images"] if any(pictures.get(file, one) != one for file, one in added.items()) else []
         if changed:
             raise ValueError(f"{path} was made with other {', '.join(changed)}: take another --method, or remove it")
-        return
+        manifest = manifest | {"images": list((pictures | added).values())}
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(".manifest.partial")
     partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")

@@ -14,8 +14,8 @@ Many trainings share a process, so that one costs its steps and not its start. P
     budget      both at the best of their three rates (tuning subjects), on the other subjects
     neighbours  DCO, differential output preservation, L2 on the LoRA
 
-Each part has as many of --seeds as `plan` says. What is there is not done again, so parts, seeds and backbones can be
-asked for one by one, and a stopped command goes on. Writes loras/RUN-seedS/SUBJECT/, images/METHOD/ as evaluate.py
+Each part has as many of --seeds as `planned` says. What is there is not done again: parts, seeds, subjects and backbones
+can be asked for one by one, and a stopped command goes on. Writes loras/RUN-seedS/SUBJECT/, images/METHOD/ as evaluate.py
 reads it, plain/images/METHOD/ (pictures of a prompt that names no scene), and drift/BACKBONE/SUBJECT/drift.csv.
 """
 
@@ -24,7 +24,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -48,6 +47,7 @@ PARTS = ("core", "curve", "masks", "frontier", "rates", "budget", "neighbours")
 RATE, RANK = 2e-3, 16
 EARLY = (0.125, 0.25, 0.5)  # shares of the steps at which w = 0 is drawn too, as if it had been stopped there
 EQUAL_COMPUTE = 0.75  # share of the steps at which prior preservation has cost what the anchor costs in all of them
+SEEDS = (0, 1, 2)
 TUNING_SUBJECTS = ("star2", "fish2")
 SAP, PRIOR = "w0.5-pretrained", "prior"  # the two that are compared at equal budget
 CLASS_IMAGES = ["--num_class_images=24", "--sampling_steps=10", "--guidance_scale=3"]
@@ -78,13 +78,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="some of the parts")
     add("--subjects", nargs="+", help="some of the tiny world's subjects; all by default")
     add("--tuning_subjects", nargs="+", default=TUNING_SUBJECTS, help="on which rates are chosen")
-    add(
-        "--seeds",
-        nargs="+",
-        type=int,
-        default=[0, 1, 2],
-        help="of the trainings; the first ones where there are fewer",
-    )
+    add("--seeds", nargs="+", type=int, default=SEEDS, help="of the trainings; some parts take the first ones only")
     add("--steps", type=int, default=200, help="of every training, a multiple of 8")
     add("--train_batch_size", type=int, default=2, help="of every training")
     add("--prompts", nargs="+", type=int, help="numbers of some prompts; all by default")
@@ -125,30 +119,38 @@ def neighbour(method: str, rate: float = RATE, **options) -> Run:
     return Run(name, (f"--learning_rate={rate:g}", f"--rank={RANK}"), method=method, tags=tags, **options)
 
 
-def plan(part: str, args: argparse.Namespace) -> list[Run]:
-    """The runs of a part."""
-    if part == "core":
-        at_equal_compute = {"early": (EQUAL_COMPUTE,), "kept": (0.25, 0.5, EQUAL_COMPUTE)}
-        runs = [anchored(0, early=EARLY, kept=EARLY, plain=True), anchored(0.5, kept=(0.25, 0.5), plain=True)]
-        return [*runs, anchored(1, kept=(0.25, 0.5), plain=True), neighbour(PRIOR, plain=True, **at_equal_compute)]
-    if part == "curve":
-        runs = [anchored(0.25, seeds=2, plain=True), anchored(0.5, "finetuned", seeds=2)]
-        return [*runs, anchored(0.75, seeds=1)]
-    if part == "masks":
-        return [anchored(w, masked=True, seeds=2, plain=True) for w in (0.5, 0.25)]
-    if part == "frontier":
-        slower = anchored(0, rate=RATE / 4, seeds=1, early=EARLY, kept=EARLY)
-        return [slower, anchored(0, rank=RANK // 8, seeds=1, early=EARLY, kept=EARLY)]
-    if part == "neighbours":
-        return [neighbour(method, seeds=1, plain=True) for method in ("dco", "dop", "l2")]
-    if part == "rates":
-        rates = [{"rate": rate, "seeds": 1, "subjects": "tuning"} for rate in (RATE / 2, RATE * 2)]
-        return [run for rate in rates for run in (anchored(0.5, **rate), neighbour(PRIOR, **rate))]
-    best = {name: best_rate(args, name) for name in (SAP, PRIOR)}  # where it is RATE, the core has it already
-    runs = [anchored(0.5, rate=best[SAP], seeds=2, subjects="scored")] if best[SAP] != RATE else []
-    options = {"rate": best[PRIOR], "seeds": 2, "subjects": "scored"}
-    options |= {"early": (EQUAL_COMPUTE,), "kept": (EQUAL_COMPUTE,)}
-    return runs + ([neighbour(PRIOR, **options)] if best[PRIOR] != RATE else [])
+def planned() -> dict[str, list[Run]]:
+    """The runs of each part, but for the budget's, which depend on those of the rates."""
+    rates = [{"rate": rate, "seeds": 1, "subjects": "tuning"} for rate in (RATE / 2, RATE * 2)]
+    return {
+        "core": [
+            anchored(0, early=EARLY, kept=EARLY, plain=True),
+            anchored(0.5, kept=(0.25, 0.5), plain=True),
+            anchored(1, kept=(0.25, 0.5), plain=True),
+            neighbour(PRIOR, early=(EQUAL_COMPUTE,), kept=(0.25, 0.5, EQUAL_COMPUTE), plain=True),
+        ],
+        "curve": [
+            anchored(0.25, seeds=2, plain=True),
+            anchored(0.5, "finetuned", seeds=2),
+            anchored(0.75, seeds=1),
+        ],
+        "masks": [anchored(w, masked=True, seeds=2, plain=True) for w in (0.5, 0.25)],
+        "frontier": [
+            anchored(0, rate=RATE / 4, seeds=1, early=EARLY, kept=EARLY),
+            anchored(0, rank=RANK // 8, seeds=1, early=EARLY, kept=EARLY),
+        ],
+        "rates": [run for rate in rates for run in (anchored(0.5, **rate), neighbour(PRIOR, **rate))],
+        "neighbours": [neighbour(method, seeds=1, plain=True) for method in ("dco", "dop", "l2")],
+    }
+
+
+def budget_runs(args: argparse.Namespace) -> list[Run]:
+    """Both methods at their best rates on the scored subjects; where that is RATE, the core has it already."""
+    best = best_rates(args)
+    options = {"seeds": 2, "subjects": "scored"}
+    runs = [anchored(0.5, rate=best[SAP], **options)]
+    runs += [neighbour(PRIOR, rate=best[PRIOR], early=(EQUAL_COMPUTE,), kept=(EQUAL_COMPUTE,), **options)]
+    return [run for run in runs if run.tags["rate"] != RATE]
 
 
 def seeds_of(run: Run, args: argparse.Namespace) -> list[int]:
@@ -166,19 +168,28 @@ def method_name(args: argparse.Namespace, name: str, seed: int, step: int) -> st
     return f"{args.backbone}-{name}{f'-step{step}' if step != args.steps else ''}-seed{seed}"
 
 
-def best_rate(args: argparse.Namespace, name: str) -> float:
-    """The rate with the greatest CLIP-T + (CLIP-I + DINO) / 2 on the tuning subjects, of the first seed."""
-    tuned = {RATE: name, **{rate: f"{name}-rate{rate:g}" for rate in (RATE / 2, RATE * 2)}}
-    methods = {rate: method_name(args, run, args.seeds[0], args.steps) for rate, run in tuned.items()}
-    scores = score(args, list(methods.values()))
+def best_rates(args: argparse.Namespace) -> dict[str, float]:
+    """The rate of each method with the greatest CLIP-T + (CLIP-I + DINO) / 2 on the tuning subjects, of the first
+    seed; rates-BACKBONE.json tells all of them."""
+    tuning = [name for name in args.subjects if name in args.tuning_subjects]
+    if not tuning:
+        raise ValueError("--tuning_subjects: none of them is among --subjects")
+    rates = {name: {RATE: name, **{r: f"{name}-rate{r:g}" for r in (RATE / 2, RATE * 2)}} for name in (SAP, PRIOR)}
+    method = {
+        run: method_name(args, run, args.seeds[0], args.steps) for runs in rates.values() for run in runs.values()
+    }
+    scores = score(args, list(method.values()))
     totals = {}
-    for rate, method in methods.items():
-        known = [scores[method]["subjects"][s] for s in args.tuning_subjects if s in scores[method]["subjects"]]
-        if not known:
-            raise ValueError("--tuning_subjects: none of them is among --subjects")
-        totals[rate] = sum(one["clip_t"] + (one["clip_i"] + one["dino"]) / 2 for one in known) / len(known)
-    print(f"{name}: " + ", ".join(f"rate {rate:g} {total:.4f}" for rate, total in totals.items()))
-    return max(totals, key=totals.get)
+    for name, runs in rates.items():
+        known = {rate: [scores[method[run]]["subjects"][one] for one in tuning] for rate, run in runs.items()}
+        sums = {
+            rate: [one["clip_t"] + (one["clip_i"] + one["dino"]) / 2 for one in ones] for rate, ones in known.items()
+        }
+        totals[name] = {rate: sum(values) / len(values) for rate, values in sums.items()}
+    best = {name: max(by_rate, key=by_rate.get) for name, by_rate in totals.items()}
+    told = {"tuning_subjects": tuning, "best": best, "totals": totals}
+    (args.output_dir / f"rates-{args.backbone}.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+    return best
 
 
 def score(args: argparse.Namespace, methods: Sequence[str]) -> dict[str, dict]:
@@ -265,10 +276,15 @@ def draw_class(args: argparse.Namespace, kind: str) -> None:
 
 
 def train(args: argparse.Namespace, run: Run, seed: int, subject: str) -> None:
-    """One LoRA, with a checkpoint at each share that is kept; its seconds of CPU go to seconds.json."""
+    """One LoRA, with a checkpoint at each share that is kept; its seconds of CPU go to seconds.json.
+
+    One that was broken off begins anew: its seconds shall be those of all its steps.
+    """
     folder = args.output_dir / "loras" / f"{args.backbone}-{run.name}-seed{seed}" / subject
     if (folder / "seconds.json").is_file():
         return
+    if folder.is_dir():
+        shutil.rmtree(folder)
     kind = args.benchmark.classes[subject]
     kept = [round(share * args.steps) for share in run.kept]
     flags = [
@@ -284,7 +300,7 @@ def train(args: argparse.Namespace, run: Run, seed: int, subject: str) -> None:
         f"--logging_steps={args.steps}",
         *("--resolution=64", "--center_crop", "--skip_final_inference", "--report_to=none"),
         *([f"--mask_dir={args.output_dir / 'masks' / subject}"] if run.masked else []),
-        *("--resume_from_checkpoint=latest", *run.flags),
+        *run.flags,
     ]
     forget_accelerate()
     started = time.process_time()
@@ -328,12 +344,12 @@ def draw_base(args: argparse.Namespace) -> None:
 
 def work(args: argparse.Namespace, run: Run, seed: int) -> tuple[int, str]:
     """All LoRAs of a run with one seed, and their pictures; how many LoRAs, and what ended them early, if something
-    did: a loss that is not finite ends this run and no other."""
+    did: a loss that is not finite, say, ends this run and no other."""
     subjects, name = subjects_of(run, args), f"{args.backbone}-{run.name}-seed{seed}"
     try:
         for subject in subjects:
             train(args, run, seed, subject)
-    except SCRIPT.RunError as error:  # a class that only this process knows
+    except (SCRIPT.RunError, SCRIPT.UsageError) as error:  # classes that only this process knows
         return len(subjects), f"{name}: {error}"
     folder, tags = args.output_dir / "loras" / name / "{subject}", {"backbone": args.backbone, "run": run.name}
     tags |= run.tags | {"seed": seed, "steps": args.steps}
@@ -349,8 +365,9 @@ def work(args: argparse.Namespace, run: Run, seed: int) -> tuple[int, str]:
 
 
 def run_part(part: str, args: argparse.Namespace, pool: ProcessPoolExecutor) -> None:
-    """Train and draw; a run whose loss is not finite any more is told, and the others go on."""
-    units = [(run, seed) for run in plan(part, args) if subjects_of(run, args) for seed in seeds_of(run, args)]
+    """Train and draw; a run that failed is told, and the others go on."""
+    runs = budget_runs(args) if part == "budget" else planned()[part]
+    units = [(run, seed) for run in runs if subjects_of(run, args) for seed in seeds_of(run, args)]
     units.sort(key=lambda unit: unit[1])  # all of a seed before the next one: half a part is of use, too
     futures = [pool.submit(work, args, run, seed) for run, seed in units]
     total = sum(len(subjects_of(run, args)) for run, _ in units)
@@ -364,10 +381,8 @@ def run_part(part: str, args: argparse.Namespace, pool: ProcessPoolExecutor) -> 
 
 def measure_drift(args: argparse.Namespace, subject: str) -> None:
     """drift.py over all LoRAs of a subject; what it measured before it keeps."""
-    loras = args.output_dir / "loras"
-    folders = sorted(path for path in loras.glob(f"{args.backbone}-*/{subject}") if (path / "seconds.json").is_file())
-    kind = args.benchmark.classes[subject]
-    output = args.output_dir / "drift" / args.backbone / subject
+    loras, kind = args.output_dir / "loras", args.benchmark.classes[subject]
+    folders = sorted(file.parent for file in loras.glob(f"{args.backbone}-*/{subject}/seconds.json"))
     flags = [
         f"--pretrained_model_name_or_path={args.world / args.backbone}",
         f"--instance_data_dir={args.world / 'dataset' / subject}",
@@ -375,10 +390,11 @@ def measure_drift(args: argparse.Namespace, subject: str) -> None:
         f"--class_prompt=a photo of a {kind}",
         *("--resolution=64", "--num_noises=1", "--batch_size=25", f"--final_step={args.steps}"),
         *(f"--run={path.parent.name}={path}" for path in folders),
-        f"--output_dir={output}",
+        f"--output_dir={args.output_dir / 'drift' / args.backbone / subject}",
     ]
-    with (args.output_dir / f"drift-{args.backbone}.log").open("ab") as log:
-        subprocess.run([sys.executable, DRIFT, *flags], check=True, stdout=log, stderr=log)
+    drift = load_script(DRIFT)
+    if folders:
+        drift.main(drift.parse_args(flags))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -395,10 +411,8 @@ def main(args: argparse.Namespace) -> None:
             future.result()
         for part in args.parts:
             run_part(part, args, pool)
-        measured = [pool.submit(measure_drift, args, subject) for subject in args.subjects]
-        for future in tqdm(
-            as_completed(measured), total=len(measured), desc=f"{args.backbone}, drift", unit="subject"
-        ):
+        drifts = [pool.submit(measure_drift, args, subject) for subject in args.subjects]
+        for future in tqdm(as_completed(drifts), total=len(drifts), desc=f"{args.backbone}, drift", unit="subject"):
             future.result()
 
 
