@@ -14,9 +14,10 @@ Many trainings share a process, so that one costs its steps and not its start. P
     budget      both at the best of their three rates (tuning subjects), on the other subjects
     neighbours  DCO, differential output preservation, L2 on the LoRA
 
-Each part has as many of --seeds as `planned` says. What is there is not done again: parts, seeds, subjects and backbones
-can be asked for one by one, and a stopped command goes on. Writes loras/RUN-seedS/SUBJECT/, images/METHOD/ as evaluate.py
-reads it, plain/images/METHOD/ (pictures of a prompt that names no scene), and drift/BACKBONE/SUBJECT/drift.csv.
+Each part has as many of --seeds as `planned` says. What is there is not done again: parts, seeds, subjects and
+backbones can be asked for one by one, and a stopped command goes on. Writes loras/RUN-seedS/SUBJECT/, images/METHOD/
+as evaluate.py reads it, plain/images/METHOD/ (pictures of a prompt that names no scene), rates-BACKBONE.json and
+drift/BACKBONE/SUBJECT/drift.csv.
 """
 
 import argparse
@@ -45,6 +46,7 @@ WORLD = ROOT / "examples" / "tiny_world"
 DRIFT = ROOT / "examples" / "analysis" / "drift.py"
 PARTS = ("core", "curve", "masks", "frontier", "rates", "budget", "neighbours")
 RATE, RANK = 2e-3, 16
+RATES = (RATE / 2, RATE, RATE * 2)  # of which `best_rates` takes one
 EARLY = (0.125, 0.25, 0.5)  # shares of the steps at which w = 0 is drawn too, as if it had been stopped there
 EQUAL_COMPUTE = 0.75  # share of the steps at which prior preservation has cost what the anchor costs in all of them
 SEEDS = (0, 1, 2)
@@ -100,28 +102,30 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 # --- The plan -----------------------------------------------------------------------------------------------------
 
 
+def at_rate(name: str, rate: float) -> str:
+    """The name of a run at a learning rate."""
+    return name if rate == RATE else f"{name}-rate{rate:g}"
+
+
 def anchored(w: float, source: str = "pretrained", rate: float = RATE, rank: int = RANK, **options) -> Run:
     """A run of the training script itself. Only the points of the paper's figures have no label of their own."""
-    name = f"w{w:g}-{source}"
-    tags = {"w": w, "anchor": source, "rate": rate, "rank": rank}
-    if (rate, rank) != (RATE, RANK):
-        name += f"-rate{rate:g}" if rate != RATE else f"-rank{rank}"
-        tags["label"] = f"w = {w:g}, " + (f"rate {rate:g}" if rate != RATE else f"rank {rank}")
-    if options.get("masked"):
-        name, tags["label"] = f"{name}-masked", f"w = {w:g}, masked"
+    more = f"-rank{rank}" * (rank != RANK) + "-masked" * options.get("masked", False)
+    name = at_rate(f"w{w:g}-{source}", rate) + more
+    label = {} if name == f"w{w:g}-{source}" else {"label": name}
+    tags = {"w": w, "anchor": source, "rate": rate, "rank": rank} | label
     flags = (f"--anchor_weight={w:g}", f"--anchor_source={source}", f"--learning_rate={rate:g}", f"--rank={rank}")
     return Run(name, flags, tags=tags, **options)
 
 
 def neighbour(method: str, rate: float = RATE, **options) -> Run:
-    name = method if rate == RATE else f"{method}-rate{rate:g}"
+    name = at_rate(method, rate)
     tags = {"rate": rate, "rank": RANK, "label": name}
     return Run(name, (f"--learning_rate={rate:g}", f"--rank={RANK}"), method=method, tags=tags, **options)
 
 
 def planned() -> dict[str, list[Run]]:
     """The runs of each part, but for the budget's, which depend on those of the rates."""
-    rates = [{"rate": rate, "seeds": 1, "subjects": "tuning"} for rate in (RATE / 2, RATE * 2)]
+    rates = [{"rate": rate, "seeds": 1, "subjects": "tuning"} for rate in RATES if rate != RATE]
     return {
         "core": [
             anchored(0, early=EARLY, kept=EARLY, plain=True),
@@ -174,18 +178,15 @@ def best_rates(args: argparse.Namespace) -> dict[str, float]:
     tuning = [name for name in args.subjects if name in args.tuning_subjects]
     if not tuning:
         raise ValueError("--tuning_subjects: none of them is among --subjects")
-    rates = {name: {RATE: name, **{r: f"{name}-rate{r:g}" for r in (RATE / 2, RATE * 2)}} for name in (SAP, PRIOR)}
-    method = {
-        run: method_name(args, run, args.seeds[0], args.steps) for runs in rates.values() for run in runs.values()
-    }
-    scores = score(args, list(method.values()))
-    totals = {}
-    for name, runs in rates.items():
-        known = {rate: [scores[method[run]]["subjects"][one] for one in tuning] for rate, run in runs.items()}
-        sums = {
-            rate: [one["clip_t"] + (one["clip_i"] + one["dino"]) / 2 for one in ones] for rate, ones in known.items()
-        }
-        totals[name] = {rate: sum(values) / len(values) for rate, values in sums.items()}
+    runs = [(name, rate) for name in (SAP, PRIOR) for rate in RATES]
+    methods = [method_name(args, at_rate(*run), args.seeds[0], args.steps) for run in runs]
+    for folder in (args.output_dir / "images" / method / one for method in methods for one in tuning):
+        if not folder.is_dir():
+            raise ValueError(f"--parts budget needs {folder}: run the parts core and rates before")
+    scores, totals = score(args, methods), {SAP: {}, PRIOR: {}}
+    for (name, rate), method in zip(runs, methods, strict=True):
+        known = [scores[method]["subjects"][one] for one in tuning]
+        totals[name][rate] = sum(one["clip_t"] + (one["clip_i"] + one["dino"]) / 2 for one in known) / len(known)
     best = {name: max(by_rate, key=by_rate.get) for name, by_rate in totals.items()}
     told = {"tuning_subjects": tuning, "best": best, "totals": totals}
     (args.output_dir / f"rates-{args.backbone}.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
@@ -194,9 +195,6 @@ def best_rates(args: argparse.Namespace) -> dict[str, float]:
 
 def score(args: argparse.Namespace, methods: Sequence[str]) -> dict[str, dict]:
     """evaluate.py's scores of some methods."""
-    missing = [name for name in methods if not (args.output_dir / "images" / name).is_dir()]
-    if missing:
-        raise ValueError(f"--parts budget needs {missing[0]}: run the parts core and rates before")
     folders = [f"--images_dir={args.output_dir / 'images'}", f"--output_dir={args.output_dir / 'rates'}"]
     models = [f"--clip_model={args.world / 'clip'}", f"--dino_model={args.world / 'vit'}"]
     forget_accelerate()
