@@ -13,14 +13,15 @@ Scores the pictures (evaluate.py, the world's attribute network) and answers, fo
     drift.png, pictures.jpg       drift against steps; one subject's pictures
     methods.csv                   all means
 
-A number is a mean over subjects, of means over seeds; brackets are 95 % t intervals over subjects, jackknifed where a
-number is not a plain mean. Differences are paired by subject and seed. "Holds" and "does not" need intervals without
-zero. Fidelity is the mean of CLIP-I and DINO, alignment is CLIP-T.
+A number is a mean over subjects, of means over seeds; n is how many (subjects x seeds). Brackets are 95 % t intervals
+over subjects, jackknifed where a number is not a plain mean. Differences are paired by subject and seed. "Holds" and
+"does not" need intervals without zero. Fidelity is the mean of CLIP-I and DINO, alignment is CLIP-T.
 """
 
 import argparse
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ class Estimate:
 
     def __str__(self) -> str:
         digits = 1 if abs(self.mean) >= 10 else 2 if abs(self.mean) >= 2 else 3
-        texts = [f"{number:.{digits}f}".replace("0.", ".", 1) for number in (self.mean, self.low, self.high)]
+        numbers = [f"{number:.{digits}f}" for number in (self.mean, self.low, self.high)]
+        texts = [re.sub(r"^(-?)0\.", r"\1.", number) for number in numbers]
         return f"{texts[0]} [{texts[1]}, {texts[2]}]" if self.subjects > 1 else texts[0]
 
 
@@ -129,7 +131,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output_dir", type=Path, required=True, help="folder of tiny_experiments.py")
     add("--results_dir", type=Path, help="gets tables and figures; OUTPUT_DIR/results by default")
     add("--world", type=Path, default=WORLD, help="folder of pipelines, data and metric models, as there")
-    add("--shown", metavar="SUBJECT", help="whose pictures are shown; by default the first one's")
+    add("--shown", metavar="SUBJECT", help="whose pictures are shown; by default those of the first")
     args = parser.parse_args(arguments)
     args.results_dir = args.results_dir or args.output_dir / "results"
     if not any(args.output_dir.glob("images/*-seed*/manifest.json")):
@@ -243,7 +245,7 @@ def table(head: Sequence[str], rows: list[Sequence[object]]) -> str:
 
 
 def counted(pairs: Pairs) -> str:
-    return f"{len(subject_means(pairs))} subjects, {seeds_in(pairs)} seeds" if pairs else "not run"
+    return f"{len(subject_means(pairs))} x {seeds_in(pairs)}" if pairs else "not run"
 
 
 def what_was_run(args: argparse.Namespace, backbones: list[Found]) -> str:
@@ -259,8 +261,8 @@ def what_was_run(args: argparse.Namespace, backbones: list[Found]) -> str:
         names = {b: at_rate(method, rates[method]) for b, rates in best.items() if rates}
         cells = [counted(found[b].get(names[b], "clip_t") if b in names else {}) for b in BACKBONES]
         rows.append(["budget", f"{method} at its best rate", *cells])
-    steps = ", ".join(f"{one.last} on {one.name}" for one in backbones)
-    return table(["part", "run", *BACKBONES.values()], rows) + f"\n\nSteps: {steps}."
+    steps = ", ".join(f"{one.last} steps on {one.name}" for one in backbones)
+    return table(["part", "run", *BACKBONES.values()], rows) + f"\n\nSubjects x seeds of {steps}."
 
 
 def judge(tendency: Tendency, found: Found) -> tuple[str, list[Estimate]]:
@@ -512,8 +514,7 @@ def draw_drift(file: Path, backbones: list[Found]) -> None:
 def draw_pictures(args: argparse.Namespace, file: Path, backbones: list[Found]) -> None:
     """One subject: its references, and for each backbone a row a method, a column a prompt, of the first seed."""
     edge, margin = 64, 112
-    drawn = args.output_dir.glob("images/*/*/")
-    subject = args.shown or next(one for one in args.benchmark.subjects() if one in {path.name for path in drawn})
+    subject = args.shown or min(path.name for path in args.output_dir.glob("images/*-seed*/*") if path.is_dir())
     rows = [("the photos", args.benchmark.references(subject))]
     for found in backbones:
         for run in (BASE, W0, SAP, f"{SAP}-masked", W1, PRIOR):
