@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The experiments on the tiny world, in miniature, and the numbers of their report on made-up data."""
 
+import argparse
 import importlib
 import json
-import os
 import subprocess
 import sys
 
@@ -29,12 +29,6 @@ def scripts():
         sys.modules.pop(name, None)
 
 
-def run(script, *arguments):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(FOLDER / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
-
 @pytest.fixture(scope="module")
 def args(scripts, tmp_path_factory):
     output = tmp_path_factory.mktemp("tiny")
@@ -46,17 +40,16 @@ def args(scripts, tmp_path_factory):
 
 def test_the_core_has_every_subject_with_every_seed(scripts, args):
     tiny = scripts["tiny_experiments"]
-    runs = {run.name: run for run in tiny.plan("core", args)}
+    runs = {run.name: run for run in tiny.planned()["core"]}
     assert set(runs) == {"w0-pretrained", "w0.5-pretrained", "w1-pretrained", "prior"}
-    assert all(tiny.seeds_of(run, args) == [0, 1, 2] for run in runs.values())
+    assert all(list(tiny.seeds_of(run, args)) == [0, 1, 2] for run in runs.values())
     assert all(len(tiny.subjects_of(run, args)) == 8 for run in runs.values())
     assert all(set(run.early) <= set(run.kept) for run in runs.values())
 
 
-def test_every_run_has_a_name_of_its_own_and_flags_that_the_script_reads(scripts, args, monkeypatch):
+def test_every_run_has_a_name_of_its_own_and_flags_that_the_script_reads(scripts):
     tiny = scripts["tiny_experiments"]
-    monkeypatch.setattr(tiny, "best_rate", lambda args, name: 2 * tiny.RATE)
-    runs = [run for part in tiny.PARTS if part != "rates" for run in tiny.plan(part, args)]
+    runs = [run for runs in tiny.planned().values() for run in runs]
     assert len({run.name for run in runs}) == len(runs)
     script = scripts["benchmark"].load_script(ROOT / "train_sap_lora_sd15.py")
     photos = WORLD / "dataset" / "ball"
@@ -68,12 +61,38 @@ def test_every_run_has_a_name_of_its_own_and_flags_that_the_script_reads(scripts
 
 def test_rates_are_chosen_on_subjects_that_are_not_scored(scripts, args, monkeypatch):
     tiny = scripts["tiny_experiments"]
-    monkeypatch.setattr(tiny, "best_rate", lambda args, name: 2 * tiny.RATE)
-    tuning = {subject for run in tiny.plan("rates", args) for subject in tiny.subjects_of(run, args)}
-    scored = {subject for run in tiny.plan("budget", args) for subject in tiny.subjects_of(run, args)}
+    tuning = {subject for run in tiny.planned()["rates"] for subject in tiny.subjects_of(run, args)}
+    monkeypatch.setattr(tiny, "best_rates", lambda args: {tiny.SAP: 2 * tiny.RATE, tiny.PRIOR: tiny.RATE / 2})
+    runs = tiny.budget_runs(args)
+    assert [run.name for run in runs] == ["w0.5-pretrained-rate0.004", "prior-rate0.001"]
+    scored = {subject for run in runs for subject in tiny.subjects_of(run, args)}
     assert tuning == {"star2", "fish2"} and tuning.isdisjoint(scored) and len(scored) == 6
-    monkeypatch.setattr(tiny, "best_rate", lambda args, name: tiny.RATE)
-    assert tiny.plan("budget", args) == []  # the core has these
+    monkeypatch.setattr(tiny, "best_rates", lambda args: {tiny.SAP: tiny.RATE, tiny.PRIOR: tiny.RATE})
+    assert tiny.budget_runs(args) == []  # the core has these
+
+
+def test_the_best_rate_is_told_to_the_report(scripts, tmp_path, monkeypatch):
+    tiny, report = scripts["tiny_experiments"], scripts["tiny_report"]
+    args = tiny.parse_args(["--backbone=sd15", f"--output_dir={tmp_path}", "--seeds", "0"])
+    with pytest.raises(ValueError, match="run the parts core and rates before"):
+        tiny.best_rates(args)
+    monkeypatch.setattr(
+        tiny, "score", lambda args, methods: {method: {"subjects": scores[method]} for method in methods}
+    )
+    scores, found = {}, report.Found("sd15")
+    for run, fidelity in ((tiny.SAP, 0.5), (tiny.PRIOR, 0.4)):
+        for rate, alignment in zip(tiny.RATES, (0.1, 0.2, 0.3 if run == tiny.SAP else 0.1), strict=True):
+            name = tiny.method_name(args, tiny.at_rate(run, rate), 0, args.steps)
+            scores[name] = {s: {"clip_t": alignment, "clip_i": fidelity, "dino": fidelity} for s in args.subjects}
+            for subject in args.subjects:
+                (tmp_path / "images" / name / subject).mkdir(parents=True)
+                for step in (150, 200):
+                    for metric, value in (("clip_t", alignment), ("fidelity", fidelity)):
+                        found.put(tiny.at_rate(run, rate), step, metric, (subject, 0), value)
+    assert tiny.best_rates(args) == {tiny.SAP: 2 * tiny.RATE, tiny.PRIOR: tiny.RATE}
+    told = report.budget(argparse.Namespace(output_dir=tmp_path), [found])
+    assert "| .100 [.100, .100] | .100 [.100, .100] |  | 6 x 1 |" in told  # the two that were tuned on are left out
+    assert "w = 0.5 0.600 at 0.001, 0.700 at 0.002, 0.800 at 0.004, taken is 0.004" in told
 
 
 def test_masks_cover_the_thing_and_nothing_else(scripts, args):
@@ -98,39 +117,43 @@ def test_a_dataset_that_the_world_did_not_draw_has_no_masks(scripts, tmp_path, c
     )
     for number in range(5):
         Image.new("RGB", (64, 64)).save(world / "dataset" / "ball" / f"{number:02}.png")
-    found = run("tiny_experiments.py", "--backbone=sd15", f"--output_dir={tmp_path / 'out'}", f"--world={world}")
+    command = [sys.executable, FOLDER / "tiny_experiments.py", "--backbone=sd15", f"--output_dir={tmp_path / 'out'}"]
+    found = subprocess.run([*command, f"--world={world}"], capture_output=True, text=True, check=False)
     assert found.returncode == 2 and "make the dataset again" in found.stderr and "Traceback" not in found.stderr
 
 
 # --- The whole way ------------------------------------------------------------------------------------------------
 
 
-def test_the_whole_way_in_miniature(tmp_path):
-    """Two subjects, one of them to tune on, two prompts, eight steps; begun in two parts, as after a stop."""
-    small = ["--backbone=sd15", f"--output_dir={tmp_path}", "--subjects", "ball", "star2", "--seeds", "0"]
-    small += ["--tuning_subjects", "star2", "--steps=8", "--prompts", "0", "8", "--train_batch_size=1"]
-    first = run("tiny_experiments.py", *small, "--parts", "core")
-    assert first.returncode == 0, first.stderr
-    lora = tmp_path / "loras" / "sd15-w0-pretrained-seed0" / "ball"
+def test_the_whole_way_in_miniature(scripts, tmp_path, monkeypatch):
+    """One subject, one prompt, eight steps; begun again, as after a stop."""
+    for name, value in {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
+        monkeypatch.setenv(name, value)
+    tiny, report = scripts["tiny_experiments"], scripts["tiny_report"]
+    small = ["--backbone=sd15", f"--output_dir={tmp_path}", "--subjects", "star2", "--seeds", "0"]
+    small += ["--steps=8", "--prompts", "0", "--train_batch_size=1"]
+    tiny.main(tiny.parse_args([*small, "--parts", "core"]))
+    lora = tmp_path / "loras" / "sd15-w0-pretrained-seed0" / "star2"
     before = (lora / "pytorch_lora_weights.safetensors").stat().st_mtime_ns
     assert sorted(path.name for path in lora.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2", "checkpoint-4"]
-    second = run("tiny_experiments.py", *small, "--parts", "core", "masks", "rates", "budget")
-    assert second.returncode == 0, second.stderr
+    (lora.parents[1] / "sd15-prior-seed0" / "star2" / "seconds.json").unlink()  # as if it had been broken off
+    tiny.main(tiny.parse_args([*small, "--parts", "core"]))
     assert (lora / "pytorch_lora_weights.safetensors").stat().st_mtime_ns == before
-    report = run("tiny_report.py", f"--output_dir={tmp_path}", "--shown=ball", "--tuning_subjects", "star2")
-    assert report.returncode == 0, report.stderr
+    told = json.loads((tmp_path / "images" / "sd15-w0-pretrained-step1-seed0" / "manifest.json").read_text())
+    assert told["tags"]["steps"] == 1
+    assert all(one["weights"].endswith("star2/checkpoint-1") for one in told["images"])
+
+    report.main(report.parse_args([f"--output_dir={tmp_path}"]))
     results = tmp_path / "results"
-    assert {path.name for path in results.iterdir()} >= {
-        "tendencies.md", "frontier.md", "budget.md", "masks.md", "neighbours.md", "methods.csv",
+    assert {path.name for path in results.iterdir()} == {
+        "run.md", "tendencies.md", "frontier.md", "budget.md", "masks.md", "neighbours.md", "methods.csv",
         "answer.png", "frontier.png", "drift.png", "pictures.jpg",
     }  # fmt: skip
     rows = (results / "methods.csv").read_text().splitlines()
     (core,) = [row for row in rows if row.startswith("sd15,w0-pretrained,8,")]
     assert core.count(",,") == 0  # every metric was measured
-    assert "w = 0.25, masks" in (results / "masks.md").read_text()
-    assert "taken is" in (results / "budget.md").read_text()
-    told = json.loads((tmp_path / "images" / "sd15-w0-pretrained-step1-seed0" / "manifest.json").read_text())
-    assert told["tags"]["steps"] == 1 and told["images"][0]["weights"].endswith("ball/checkpoint-1")
+    assert "| core | prior | 1 x 1 | not run | not run |" in (results / "run.md").read_text()
+    assert "| w = 0.5, masks |" in (results / "masks.md").read_text()
 
 
 # --- The report's numbers -----------------------------------------------------------------------------------------
@@ -157,15 +180,15 @@ def test_seeds_are_averaged_within_subjects_and_pairs_must_be_common(scripts):
 
 def found_of(report, **runs):
     """Runs with (alignment, fidelity) of three subjects; NAME_STEP, or NAME for the last step, 8."""
-    data = {}
+    found = report.Found("sd15")
     for name, (alignment, fidelity) in runs.items():
         run, _, step = name.partition("_")
         run = {"w0": report.W0, "sap": report.SAP, "w1": report.W1}.get(run, run)
         for subject in range(3):
             for metric, value in (("clip_t", alignment), ("fidelity", fidelity)):
-                key = ("sd15", run, int(step or (0 if run == "base" else 8)))
-                report.put(data, key, metric, (f"s{subject}", 0), value + 0.001 * subject)
-    return report.Found(data, "sd15")
+                place = (run, int(step or (0 if run == "base" else 8)))
+                found.put(*place, metric, (f"s{subject}", 0), value + 0.001 * subject)
+    return found
 
 
 def test_verdicts(scripts):
@@ -174,7 +197,7 @@ def test_verdicts(scripts):
     up = found_of(report, w0=(0.1, 0), sap=(0.2, 0), w1=(0.3, 0))
     assert report.judge(rises, up)[0] == "holds"
     assert report.judge(rises, found_of(report, w0=(0.1, 0), sap=(0.2, 0), w1=(0.1, 0)))[0] == "does not"
-    assert report.judge(rises, found_of(report, w0=(0.1, 0), sap=(0.2, 0)))[0] == ""
+    assert report.judge(rises, found_of(report, w0=(0.1, 0), sap=(0.2, 0)))[0] == "not run"
     up.points[report.SAP, 8]["clip_t"]["s0", 0] += 0.5
     assert report.judge(rises, up)[0] == "not sure"
 
@@ -198,10 +221,24 @@ def test_numbers_are_short(scripts):
     assert str(estimate(0.1234, -0.05, 0.3, 8, 3)) == ".123 [-.050, .300]"
     assert str(estimate(12.34, 10.21, 14.5, 8, 3)) == "12.3 [10.2, 14.5]"
     assert str(estimate(-3.149, -4, -2, 1, 1)) == "-3.15"
+    assert str(estimate(0.5, -0.25, 10.125, 3, 1)) == ".500 [-.250, 10.125]"
 
 
-def test_the_command_lines_answer():
-    for script in ("tiny_experiments.py", "tiny_report.py"):
-        assert run(script, "--help").returncode == 0
-    found = run("tiny_report.py", "--output_dir=/nowhere")
-    assert found.returncode == 2 and "run tiny_experiments.py first" in found.stderr
+def test_a_report_of_one_run_alone(scripts, tmp_path):
+    report, found = scripts["tiny_report"], found_of(scripts["tiny_report"], sap=(0.5, 0.5))
+    args = argparse.Namespace(output_dir=tmp_path)
+    assert "| core | w0.5-pretrained | 3 x 1 | not run | not run |" in report.what_was_run(args, [found])
+    assert report.tendencies([found]).count("not run") == len(report.TENDENCIES)
+    assert "Not run." in report.frontier([found]) and "Not run." in report.budget(args, [found])
+    assert "| not run |" in report.masks([found]) and "| not run |" in report.neighbour_rows([found])
+    for draw in (report.draw_answer, report.draw_frontier, report.draw_drift):
+        draw(tmp_path / "figure.png", [found])
+
+
+def test_the_command_lines_answer(scripts, capsys, tmp_path):
+    for name in ("tiny_experiments", "tiny_report"):
+        with pytest.raises(SystemExit, match="0"):
+            scripts[name].parse_args(["--help"])
+    with pytest.raises(SystemExit, match="2"):
+        scripts["tiny_report"].parse_args([f"--output_dir={tmp_path}"])
+    assert "run tiny_experiments.py first" in capsys.readouterr().err

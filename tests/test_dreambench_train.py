@@ -377,6 +377,18 @@ def test_cut_pictures_are_made_again_and_a_cut_manifest_is_named(scripts, tmp_pa
         generate(scripts, tmp_path, "m")
 
 
+def test_a_manifest_grows_by_subjects_but_not_by_other_weights(scripts, tmp_path):
+    write, folder = scripts["generate"].write_manifest, tmp_path / "m"
+    ball, fish = ({"file": f"{name}/0/0.png", "seed": 0} for name in ("ball", "fish"))
+    write(folder, {"method": "m", "images": [ball]})
+    write(folder, {"method": "m", "images": [fish]})
+    assert json.loads((folder / "manifest.json").read_text())["images"] == [ball, fish]
+    for other in ({"method": "m", "images": [fish | {"seed": 1}]}, {"method": "n", "images": [fish]}):
+        with pytest.raises(ValueError, match="was made with other"):
+            write(folder, other)
+    assert json.loads((folder / "manifest.json").read_text())["images"] == [ball, fish]
+
+
 def neighbour(scripts, method, output, *more, backbone="sd15", script=None):
     """Train two or three steps on the ball with a neighbour of the loss."""
     arguments = [f"--pretrained_model_name_or_path={WORLD / backbone}", f"--instance_data_dir={DATA / 'ball'}"]
