@@ -15,7 +15,7 @@ Many trainings share a process, so that one costs its steps and not its start. P
     neighbours  DCO, differential output preservation, L2 on the LoRA
 
 Each part has as many of --seeds as `planned` says. What is there is not done again: parts, seeds, subjects and
-backbones can be asked for one by one, and a stopped command goes on. Writes loras/RUN-seedS/SUBJECT/, images/METHOD/
+backbones backbones can be asked for one by one, and a stopped command goes on. Writes loras/RUN-seedS/SUBJECT/, images/METHOD/
 as evaluate.py reads it, plain/images/METHOD/ (pictures of a prompt that names no scene), rates-BACKBONE.json and
 drift/BACKBONE/SUBJECT/drift.csv.
 """
@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD = ROOT / "examples" / "tiny_world"
-DRIFT = ROOT / "examples" / "analysis" / "drift.py"
+drift = load_script(ROOT / "examples" / "analysis" / "drift.py")
 PARTS = ("core", "curve", "masks", "frontier", "rates", "budget", "neighbours")
 RATE, RANK = 2e-3, 16
 RATES = (RATE / 2, RATE, RATE * 2)  # of which `best_rates` takes one
@@ -390,7 +390,6 @@ def measure_drift(args: argparse.Namespace, subject: str) -> None:
         *(f"--run={path.parent.name}={path}" for path in folders),
         f"--output_dir={args.output_dir / 'drift' / args.backbone / subject}",
     ]
-    drift = load_script(DRIFT)
     if folders:
         drift.main(drift.parse_args(flags))
 
@@ -402,7 +401,8 @@ def main(args: argparse.Namespace) -> None:
     make_plain_benchmark(args)
     context = multiprocessing.get_context("spawn")
     options = {"mp_context": context, "initializer": start_worker, "initargs": (args,)}
-    with ProcessPoolExecutor(args.processes, **options) as pool:
+    pool = ProcessPoolExecutor(args.processes, **options)
+    try:
         kinds = {args.benchmark.classes[subject]: None for subject in args.subjects}
         before = [pool.submit(draw_base, args), *(pool.submit(draw_class, args, kind) for kind in kinds)]
         for future in before:
@@ -412,6 +412,8 @@ def main(args: argparse.Namespace) -> None:
         drifts = [pool.submit(measure_drift, args, subject) for subject in args.subjects]
         for future in tqdm(as_completed(drifts), total=len(drifts), desc=f"{args.backbone}, drift", unit="subject"):
             future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after a mistake, or Ctrl-C, nothing more begins
 
 
 if __name__ == "__main__":
@@ -420,3 +422,5 @@ if __name__ == "__main__":
     except ValueError as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
