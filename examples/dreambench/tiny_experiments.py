@@ -15,7 +15,7 @@ Many trainings share a process, so that one costs its steps and not its start. P
     neighbours  DCO, differential output preservation, L2 on the LoRA
 
 Each part has as many of --seeds as `planned` says. What is there is not done again: parts, seeds, subjects and
-backbones backbones can be asked for one by one, and a stopped command goes on. Writes loras/RUN-seedS/SUBJECT/, images/METHOD/
+backbones can be asked for one by one, and a stopped command goes on. Writes loras/RUN-seedS/SUBJECT/, images/METHOD/
 as evaluate.py reads it, plain/images/METHOD/ (pictures of a prompt that names no scene), rates-BACKBONE.json and
 drift/BACKBONE/SUBJECT/drift.csv.
 """
@@ -25,6 +25,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -417,6 +418,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the workers would stay
     try:
         main(parse_args())
     except ValueError as error:
