@@ -266,12 +266,12 @@ def what_was_run(args: argparse.Namespace, backbones: list[Found]) -> str:
 
 
 def judge(tendency: Tendency, found: Found) -> tuple[str, list[Estimate]]:
-    """A verdict, and the differences: "not run" where one is missing or of one subject only."""
+    """A verdict, and the differences that were measured; one subject alone has no interval and proves nothing."""
     differences = [found.minus(*pair, tendency.metric) for pair in tendency.pairs]
-    known = [one for one in differences if one is not None and one.subjects > 1]
+    known = [one for one in differences if one is not None]
     if len(known) < len(differences):
         return "not run", known
-    sides = {one.side() * tendency.sign for one in known}
+    sides = {one.side() * tendency.sign if one.subjects > 1 else 0 for one in known}
     return "holds" if sides == {1} else "does not" if -1 in sides else "not sure", known
 
 
