@@ -1350,10 +1350,10 @@ def write_kohya_lora(run: Run, folder: Path) -> None:
 
     `diffusers.utils.convert_state_dict_to_kohya` takes the rank for alpha and misses DoRA's and SD1.5's key names.
     """
-    args, state = run.args, {}
+    args, state, depth = run.args, {}, run.student.denoiser.config.layers_per_block
     for component, layers in lora_layers(run).items():
         for key, tensor in layers.items():
-            module, part = (stability_key(key) if component == DENOISER else key).split(".lora_")
+            module, part = (stability_key(key, depth) if component == DENOISER else key).split(".lora_")
             name = f"{KOHYA_PREFIXES[component]}_{module.replace('.', '_')}"
             if part == "magnitude_vector":  # one an output, with the axes of the layer's weight
                 tensor = tensor[:, None] if tensor.ndim == 1 else tensor.transpose(0, 1).contiguous()
@@ -1389,14 +1389,15 @@ STABILITY_NAMES = {"conv_in": "input_blocks.0.0", "conv_out": "out.2", "conv1": 
                    "time_embedding": "time_embed", "add_embedding": "label_emb.0", "linear_2": "2"}  # fmt: skip
 
 
-def stability_key(key: str) -> str:
-    """A key of SDXL's UNet with Stability's (and sd-scripts') names, which count layers through all blocks."""
+def stability_key(key: str, depth: int) -> str:
+    """A key of SDXL's UNet, of `depth` layers a block, with Stability's (and sd-scripts') names, which count layers
+    through all blocks."""
 
     def block(found: re.Match) -> str:
         side, index, kind, layer = found.groups()
         if side == "mid":
             return f"middle_block.{STABILITY_SLOTS[kind] or 2 * int(layer)}"
-        row = int(index) * 3 + (2 if kind.endswith("samplers") else int(layer))
+        row = int(index) * (depth + 1) + (depth if kind.endswith("samplers") else int(layer))
         return f"{'input' if side == 'down' else 'output'}_blocks.{row + (side == 'down')}.{STABILITY_SLOTS[kind]}"
 
     module, part = key.replace("downsamplers.0.conv", "downsamplers.0.op").split(".lora_")

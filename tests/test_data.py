@@ -92,15 +92,15 @@ def test_names_in_any_script_and_two_pictures_of_one_name(tmp_path):
 
 def test_only_pictures_are_read_and_the_rest_is_named(tmp_path, caplog):
     tiny_pipelines.save_photos(tmp_path, count=3)
-    of_systems, others = [".DS_Store", "._00.jpg", "Thumbs.db"], ["notes.md", "model.safetensors", ".hidden.png"]
+    of_systems, others = [".DS_Store", "._00.jpg", "Thumbs.db", ".hidden.png"], ["notes.md", "model.safetensors"]
     for name in of_systems + others:
         (tmp_path / name).write_text("no picture")
     (tmp_path / ".ipynb_checkpoints").mkdir()
     (tmp_path / "00.jpg").rename(tmp_path / "00.JPG")
     assert [path.name for path in load(tmp_path).images] == ["00.JPG", "01.jpg", "02.jpg"]
     (line,) = [record.message for record in caplog.records]
-    assert [name for name in [*others, ".ipynb_checkpoints"] if name not in line] == []
-    assert [name for name in of_systems if name in line] == []
+    assert [name for name in others if name not in line] == []
+    assert [name for name in [*of_systems, ".ipynb_checkpoints"] if name in line] == []
 
 
 def test_heic_without_its_package_is_explained(tmp_path, caplog, monkeypatch):

@@ -211,7 +211,7 @@ def test_a_checkpoint_of_an_older_format_is_refused(value, stopped, sd15, captio
         ("--anchor_source=finetuned", "pretrained"),
         ("--seed=7", "0"),
         ("--rank=2", "4"),
-        ("--lora_alpha=1", "None"),
+        ("--lora_alpha=1", "4"),
         ("--lora_layers=to_k", "None"),
         ("--train_batch_size=2", "1"),
         ("--gradient_accumulation_steps=1", "2"),
