@@ -2,20 +2,9 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "accelerate>=1.10",
-#     "bitsandbytes>=0.45; sys_platform != 'darwin'",
-#     "datasets>=4.0",
-#     "diffusers>=0.41",
-#     "filelock",
-#     "huggingface_hub>=1.0",
-#     "peft>=0.18",
-#     "pillow>=10.1",
-#     "safetensors>=0.5",
-#     "tensorboard",
-#     "torch>=2.6",
-#     "tqdm",
-#     "transformers>=5.0",
-#     "wandb",
+#     "accelerate>=1.10", "bitsandbytes>=0.45; sys_platform != 'darwin'", "datasets>=4.0", "diffusers>=0.41",
+#     "filelock", "huggingface_hub>=1.0", "peft>=0.18", "pillow>=10.1", "safetensors>=0.5", "tensorboard",
+#     "torch>=2.6", "tqdm", "transformers>=5.0", "wandb",
 # ]
 # ///
 """Personalise Stable Diffusion XL with a LoRA that stays anchored to what the model knew of the class.
@@ -61,6 +50,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+# They tell of packages that nothing here needs, when they are imported.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 import diffusers
 import numpy as np
 import safetensors.torch
@@ -83,6 +76,7 @@ from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
 
 logger = logging.getLogger("sap_lora")
 
@@ -238,6 +232,13 @@ FINISHED_FILE = "finished_run.json"
 SYSTEM_FILES = (".", "Thumbs.db", "desktop.ini")
 STATE_FORMAT = 2  # of checkpoints; it goes up when older ones can no longer be read
 PAPER = "https://arxiv.org/abs/2511.22245"
+HUB_ADVICE = {  # by what is behind an error of loading
+    "GatedRepoError": " (accept its terms on the hub, then `hf auth login`)",
+    "RepositoryNotFoundError": " (check the name; if it is private, `hf auth login`)",
+    "LocalTokenNotFoundError": " (`hf auth login` first)",
+    "LocalEntryNotFoundError": " (the hub cannot be reached: go online, or name a folder)",
+    "OfflineModeIsEnabled": " (HF_HUB_OFFLINE is set: unset it, or name a folder)",
+}
 LR_SCHEDULERS = [name.value for name in SchedulerType if name != SchedulerType.PIECEWISE_CONSTANT]
 
 
@@ -265,19 +266,11 @@ def explained(what: str, *more: type[Exception]) -> Iterator[None]:
     except UsageError:
         raise
     except (OSError, ValueError, LookupError, SafetensorError, *more) as error:
-        raise UsageError(f"{what}{hub_advice(error)}: {' '.join(str(error).split())}") from error
-
-
-def hub_advice(error: BaseException | None) -> str:
-    """What to do about an error that has its cause in the hub."""
-    advice = {"GatedRepoError": "accept its terms on the hub, then `hf auth login`",
-              "RepositoryNotFoundError": "check the name; if it is private, `hf auth login`",
-              "LocalTokenNotFoundError": "`hf auth login` first",
-              "LocalEntryNotFoundError": "the hub cannot be reached: go online, or name a folder",
-              "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set: unset it, or name a folder"}  # fmt: skip
-    while error is not None and type(error).__name__ not in advice:
-        error = error.__cause__ or error.__context__
-    return "" if error is None else f" ({advice[type(error).__name__]})"
+        cause = error
+        while cause is not None and type(cause).__name__ not in HUB_ADVICE:
+            cause = cause.__cause__ or cause.__context__
+        advice = HUB_ADVICE.get(type(cause).__name__, "")
+        raise UsageError(f"{what}{advice}: {' '.join(str(error).split())}") from error
 
 
 # ---- Micro-steps: one batch each, from its draws to its losses ----
@@ -380,21 +373,15 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-@torch.no_grad()
-def encode_crops(run: Run, group: list[tuple[int, list[dict]]]) -> None:
-    """Give the items of several micro-steps, whose crops were drawn anew, their posteriors (1, 2 C, h, w)."""
-    with vae_at_work(run) as vae:
-        for _, items in group:
-            pixel_values = torch.stack([item["pixel_values"] for item in items])
-            parameters = vae.encode(to_device(pixel_values, run.device)).latent_dist.parameters
-            for item, one in zip(items, parameters.split(1), strict=True):
-                item["posterior"] = one
-
-
 def draw_latents(run: Run, items: list[dict], generator: torch.Generator) -> Tensor:
     """Sample the posterior of each item anew: scaled latents (B, C, h, w) in float32."""
-    found = [item.get("posterior", run.posteriors.get((item["index"], item["flipped"]))) for item in items]
-    posterior = DiagonalGaussianDistribution(to_device(torch.cat(found), run.device))
+    if run.images.cacheable:
+        parameters = torch.cat([run.posteriors[item["index"], item["flipped"]] for item in items])
+    else:
+        with torch.no_grad():
+            pixel_values = to_device(torch.stack([item["pixel_values"] for item in items]), run.device)
+            parameters = run.vae.to(run.device).encode(pixel_values).latent_dist.parameters
+    posterior = DiagonalGaussianDistribution(to_device(parameters, run.device))
     noise = to_device(torch.randn(posterior.mean.shape, generator=generator), run.device)
     return scale_latents(posterior.mean + posterior.std * noise, run.vae)
 
@@ -533,9 +520,9 @@ def micro_steps(run: Run, start: int) -> Iterator[tuple[MicroStep, Tensor | None
     draws = images.draws(accelerator.process_index, accelerator.num_processes, first, last)
     numbered = enumerate(images.batches(draws), first)
     while group := list(itertools.islice(numbered, size)):
-        if not images.cacheable:
-            encode_crops(run, group)
         steps, anchors = [draw_micro_step(run, i, items) for i, items in group], [None] * size
+        if args.offload:  # where crops are drawn anew, the VAE has worked for the whole group
+            run.vae.to("cpu")
         if args.anchor_weight > 0:
             inputs = [(step.model_input, step.timesteps, step.anchor_conditioning) for step in steps]
             options = (args.anchor_batch_size, args.anchor_source, run.student.adapters)
@@ -599,12 +586,10 @@ def make_optimizer(run: Run) -> torch.optim.Optimizer:
     elif args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as kind
     for name, module in run.student.adapted.items():
-        of_denoiser = name == DENOISER
-        groups.append({
-            "params": [parameter for parameter in module.parameters() if parameter.requires_grad],
-            "lr": args.learning_rate if of_denoiser or prodigy else args.text_encoder_lr,
-            "weight_decay": args.adam_weight_decay if of_denoiser else args.adam_weight_decay_text_encoder,
-        })  # fmt: skip
+        rate, decay = args.text_encoder_lr, args.adam_weight_decay_text_encoder
+        rate, decay = (args.learning_rate, args.adam_weight_decay) if name == DENOISER else (rate, decay)
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        groups.append({"params": trained, "lr": args.learning_rate if prodigy else rate, "weight_decay": decay})
     return kind(groups, **options)
 
 
@@ -643,8 +628,9 @@ def train(run: Run, training: Training) -> int:
     with contextlib.closing(micro_steps(run, training.step * accumulation)) as steps, progress:
         for step, anchor in steps:
             # LoRA dropout draws from the global generator: key that too.
-            key = (args.seed, accelerator.process_index, step.index, "dropout")
-            torch.manual_seed(keyed_generator(*key).initial_seed())
+            torch.manual_seed(
+                keyed_generator(args.seed, accelerator.process_index, step.index, "dropout").initial_seed()
+            )
             with accelerator.accumulate(training.student):
                 loss, *parts = loss_terms(step, anchor, training.student, args)
                 accelerator.backward(loss)
@@ -666,8 +652,7 @@ def train(run: Run, training: Training) -> int:
                     save_checkpoint(run, training)
             signal_number = agreed_signal(run)
             if not signal_number and accelerator.sync_gradients and validation_is_due(args, training.step):
-                if args.validation_prompts:
-                    training.images = validate(run, args.validation_prompts, "validation", training.step)
+                training.images = validate(run, args.validation_prompts, "validation", training.step)
                 if args.validation_data_dir is not None:
                     log_held_out(run, training.step)
                 signal_number = agreed_signal(run)
@@ -766,11 +751,7 @@ def log_held_out(run: Run, step: int) -> None:
     with evaluating(run.student), run.accelerator.autocast():
         for number in range(8 * (len(images) - images.count)):  # each picture eight times
             index = images.count + number % (len(images) - images.count)
-            item = images[index, (run.args.seed, "held out", number)] | {"centering": (0.5, 0.5), "flipped": False}
-            if not images.cacheable:
-                item["pixel_values"] = images.pixel_values(index, False, (0.5, 0.5))
-                encode_crops(run, [(0, [item])])
-            drawn = draw_micro_step(run, -1 - number, [item])
+            drawn = draw_micro_step(run, -1 - number, [images[index, (run.args.seed, "held out", number)]])
             inputs = [(drawn.model_input, drawn.timesteps, drawn.anchor_conditioning)]
             anchors = predict_anchors(run.student.denoiser, denoise, inputs) if run.args.anchor_weight > 0 else [None]
             found = loss_terms(drawn, anchors[0], run.student, run.args)[1:]
@@ -874,14 +855,14 @@ class SubjectImages:
     def __init__(self, args: Namespace):
         self.args = args
         folder, held_out = args.instance_data_dir, args.validation_data_dir
-        self.images, captions = read_dataset(args) if folder is None else read_folder(folder, args.caption_column)
-        self.count = len(self.images)  # after those to train on come the indices of those held out for validation
-        self.held_out, more = read_folder(held_out, args.caption_column) if held_out is not None else ([], [])
-        if self.count == 0 or held_out is not None and not self.held_out:
-            raise UsageError(f"{held_out if self.count else folder or args.dataset_name} holds no picture")
-        self.caption_all(captions + more)
-        self.names = [f"picture {i}" for i in range(self.count)] if folder is None else [p.name for p in self.images]
-        self.names += [path.name for path in self.held_out]
+        images, captions = read_dataset(args) if folder is None else read_folder(folder, args.caption_column)
+        more, their_captions = read_folder(held_out, args.caption_column) if held_out is not None else ([], [])
+        if not images or held_out is not None and not more:
+            raise UsageError(f"{held_out if images else folder or args.dataset_name} holds no picture")
+        self.count, self.images = len(images), ConcatDataset([images, more])  # to train on, then those held out
+        names = [f"picture {i}" for i in range(self.count)] if folder is None else [path.name for path in images]
+        self.names = names + [path.name for path in more]
+        self.caption_all(captions + their_captions)
         progress = tqdm(range(len(self)), desc="Reading pictures", leave=False)
         self.sizes = [self.read(i).size[::-1] for i in progress]  # (height, width)
         buckets = [(args.resolution, args.resolution)]
@@ -898,52 +879,52 @@ class SubjectImages:
         centred = args.center_crop or in_buckets or self.covering == self.windows
         self.cacheable = centred or args.cache_latents
         crops = (torch.rand(2, generator=keyed_generator(args.seed, "crop", i)).tolist() for i in range(len(self)))
-        self.fixed_centering = [(0.5, 0.5) if centred else tuple(crop) for crop in crops]  # where latents are cached
+        # Where latents are cached, and pictures held out.
+        self.fixed_centering = [
+            (0.5, 0.5) if centred or i >= self.count else tuple(crop) for i, crop in enumerate(crops)
+        ]
         self.batches_per_epoch = len(self.epoch(0))
 
     def caption_all(self, captions: list[str | None]) -> None:
         """Give every picture its caption, or the instance prompt, and the anchor's caption."""
-        args, missing, self.captions, self.anchor_captions = self.args, captions.count(None), [], []
+        args, missing, anchored = self.args, captions.count(None), self.args.anchor_weight > 0
         if missing < len(captions):
             stands_in = ", --instance_prompt stands in for the others" if missing else ""
             logger.info(f"Captions: found for {len(captions) - missing} of {len(captions)} pictures{stands_in}")
-        if args.anchor_weight > 0 and args.subject_token is None and len(set(captions) - {None}) > 1:
+        if anchored and args.subject_token is None and len(set(captions) - {None}) > 1:
             advice = "which draws out what they add: with --subject_token each has an anchor of its own"
             logger.warning(f'The captions differ and all are anchored to "{args.class_prompt}", {advice}')
-        if args.anchor_weight > 0 and args.class_prompt is None and missing:
+        if anchored and args.class_prompt is None and missing:
             raise UsageError(f"--class_prompt is needed for the {missing} pictures without a caption")
+        self.captions, self.anchor_captions = [caption or args.instance_prompt for caption in captions], []
         for caption in captions:
             anchor = args.class_prompt or ""
-            if caption is not None and args.subject_token is not None and args.anchor_weight > 0:
+            if caption is not None and args.subject_token is not None and anchored:
                 with explained("--subject_token"):
                     anchor = anchor_caption(caption, args.subject_token, args.class_token or "")
-            self.captions.append(args.instance_prompt if caption is None else caption)
             self.anchor_captions.append(anchor)
 
     def __len__(self) -> int:
-        return self.count + len(self.held_out)
+        return len(self.images)
 
     def read(self, index: int) -> Image.Image:
         """One picture; raises `UsageError`, with its name, if it cannot be read."""
         place = self.args.instance_data_dir or self.args.dataset_name
         errors = (SyntaxError, AttributeError, TypeError, Image.DecompressionBombError)
         with explained(f"{self.names[index]} of {place} cannot be read as a picture, mend or remove it", *errors):
-            return read_image(self.images[index] if index < self.count else self.held_out[index - self.count])
+            return read_image(self.images[index])
 
     def __getitem__(self, draw: tuple[int, tuple]) -> dict:
         """Crop, mirror and caption of one sample as drawn from its key; pixels only where latents are not cached."""
         index, key = draw
         left, top, flip, drop = torch.rand(4, generator=keyed_generator(*key)).tolist()
-        dropped, flipped = drop < self.args.caption_dropout, self.args.random_flip and flip < 0.5
-        centering = self.fixed_centering[index] if self.cacheable else (left, top)
-        return {
-            "index": index,
-            "flipped": flipped,
-            "centering": centering,
-            "prompt": "" if dropped else self.captions[index],
-            "anchor_prompt": "" if dropped else self.anchor_captions[index],
-            "pixel_values": None if self.cacheable else self.pixel_values(index, flipped, centering),
-        }
+        trains = index < self.count  # those held out are always seen alike
+        item = {"index": index, "flipped": self.args.random_flip and flip < 0.5 and trains}
+        item["centering"] = self.fixed_centering[index] if self.cacheable or not trains else (left, top)
+        item["pixel_values"] = None if self.cacheable else self.pixel_values(*item.values())
+        texts = self.captions[index], self.anchor_captions[index]
+        item["prompt"], item["anchor_prompt"] = ("", "") if trains and drop < self.args.caption_dropout else texts
+        return item
 
     def pixel_values(self, index: int, flipped: bool, centering: tuple[float, float]) -> Tensor:
         """One picture resized to cover its window and cropped, at left and top for (0, 0): (3, h, w) in [-1, 1]."""
@@ -1220,16 +1201,11 @@ def add_adapters(args: Namespace, modules: dict[str, nn.Module]) -> None:
     """Add LoRA layers to the modules of these names, always in float32: half precision loses small updates."""
     torch.manual_seed(args.seed)  # a LoRA starts at random: at the same place on all ranks
     for name, module in modules.items():
-        config = LoraConfig(
-            r=args.rank,
-            lora_alpha=args.lora_alpha or args.rank,
-            lora_dropout=args.lora_dropout,
-            use_dora=args.use_dora,
-            init_lora_weights="gaussian",
-            target_modules=lora_targets(args) if name == DENOISER else TEXT_ENCODER_TARGETS,
-        )
+        shape = {"r": args.rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+        targets = lora_targets(args) if name == DENOISER else TEXT_ENCODER_TARGETS
+        options = {"use_dora": args.use_dora, "init_lora_weights": "gaussian", "target_modules": targets}
         with explained("--lora_layers"):
-            module.add_adapter(config)
+            module.add_adapter(LoraConfig(**shape, **options))
         cast_training_params(module, torch.float32)
         module.train()
 
@@ -1359,7 +1335,7 @@ def write_lora(run: Run, folder: Path) -> None:
     args, tensors, metadata = run.args, {}, {}
     for name, layers in lora_layers(run).items():
         for key, tensor in layers.items():
-            scale = (args.lora_alpha or args.rank) / args.rank if ".lora_B." in key else 1
+            scale = args.lora_alpha / args.rank if ".lora_B." in key else 1
             tensors[f"{name}.{re.sub('_vector$', '_vector.weight', key)}"] = tensor * scale
         # Every other field of LoraConfig breaks some older peft.
         settings = {"r": args.rank, "lora_alpha": args.rank} | ({"use_dora": True} if args.use_dora else {})
@@ -1374,10 +1350,10 @@ def write_kohya_lora(run: Run, folder: Path) -> None:
 
     `diffusers.utils.convert_state_dict_to_kohya` takes the rank for alpha and misses DoRA's and SD1.5's key names.
     """
-    args, state = run.args, {}
+    args, state, depth = run.args, {}, run.student.denoiser.config.layers_per_block
     for component, layers in lora_layers(run).items():
         for key, tensor in layers.items():
-            module, part = (stability_key(key) if component == DENOISER else key).split(".lora_")
+            module, part = (stability_key(key, depth) if component == DENOISER else key).split(".lora_")
             name = f"{KOHYA_PREFIXES[component]}_{module.replace('.', '_')}"
             if part == "magnitude_vector":  # one an output, with the axes of the layer's weight
                 tensor = tensor[:, None] if tensor.ndim == 1 else tensor.transpose(0, 1).contiguous()
@@ -1392,7 +1368,7 @@ def lora_metadata(run: Run) -> dict[str, str]:
     args, (version, architecture), size = run.args, base_version(run), run.args.resolution
     title, trigger = Path(args.output_dir).name, args.instance_prompt
     entries = {"base_model_version": version, "v2": version.startswith("sd_v2"), "network_module": "networks.lora",
-               "network_dim": args.rank, "network_alpha": args.lora_alpha or args.rank, "output_name": title,
+               "network_dim": args.rank, "network_alpha": args.lora_alpha, "output_name": title,
                "sd_model_name": Path(args.pretrained_model_name_or_path).name, "resolution": (size, size),
                "tag_frequency": json.dumps({title: {trigger: run.images.count}})}  # fmt: skip
     spec = {"sai_model_spec": "1.0.1", "architecture": f"{architecture}/lora", "implementation": "diffusers",
@@ -1413,14 +1389,15 @@ STABILITY_NAMES = {"conv_in": "input_blocks.0.0", "conv_out": "out.2", "conv1": 
                    "time_embedding": "time_embed", "add_embedding": "label_emb.0", "linear_2": "2"}  # fmt: skip
 
 
-def stability_key(key: str) -> str:
-    """A key of SDXL's UNet with Stability's (and sd-scripts') names, which count layers through all blocks."""
+def stability_key(key: str, depth: int) -> str:
+    """A key of SDXL's UNet, of `depth` layers a block, with Stability's (and sd-scripts') names, which count layers
+    through all blocks."""
 
     def block(found: re.Match) -> str:
         side, index, kind, layer = found.groups()
         if side == "mid":
             return f"middle_block.{STABILITY_SLOTS[kind] or 2 * int(layer)}"
-        row = int(index) * 3 + (2 if kind.endswith("samplers") else int(layer))
+        row = int(index) * (depth + 1) + (depth if kind.endswith("samplers") else int(layer))
         return f"{'input' if side == 'down' else 'output'}_blocks.{row + (side == 'down')}.{STABILITY_SLOTS[kind]}"
 
     module, part = key.replace("downsamplers.0.conv", "downsamplers.0.op").split(".lora_")
@@ -1625,8 +1602,8 @@ def sampling_scheduler(run: Run) -> diffusers.SchedulerMixin:
 def validate(run: Run, prompts: list[str], tag: str, step: int, **sampling: float) -> list[Image.Image]:
     """Make pictures on the main process, until a request to stop; show them to the trackers under `tag`, and whoever
     looks into the folder as one grid, a row a prompt. Returns those of the first prompt."""
-    prompts = prompts if run.accelerator.is_main_process else []
-    made = ((prompt, sample_images(run, prompt, **sampling)) for prompt in prompts)
+    wanted = run.accelerator.is_main_process and run.args.num_validation_images > 0
+    made = ((prompt, sample_images(run, prompt, **sampling)) for prompt in prompts if wanted)
     rows = {prompt: pictures for prompt, pictures in made if pictures}
     free_memory()
     for tracker in run.accelerator.trackers if rows else []:
@@ -1713,9 +1690,10 @@ def value(kind: type, words: str, fits: Callable) -> Callable[[str], object]:
     """A type for argparse: values of a kind that fit, which is what `words` describe."""
 
     def read(text: str) -> object:
-        if not fits(kind(text)):
-            raise argparse.ArgumentTypeError(f"must be {words}, not {text!r}")
-        return kind(text)
+        with contextlib.suppress(ValueError):
+            if fits(kind(text)):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"must be {words}, not {text!r}")
 
     read.__name__ = kind.__name__  # argparse puts it into its messages
     return read
@@ -1736,6 +1714,8 @@ SHARE = value(float, "at least 0 and below 1", lambda x: 0 <= x < 1)
 TEXT = value(str, "given a value, or left out", bool)  # it is empty where a shell variable was not set
 FOLDER = value(str, "a folder that is there", lambda x: x != "" and Path(x).is_dir())
 FILE = value(str, "a file that is there", lambda x: Path(x).is_file())
+SIZES = value(str, f'"h,w;h,w" in multiples of {LATENT_STRIDE}, such as "512,512;640,384"',
+              lambda x: not any(edge % LATENT_STRIDE for edge in sum(parse_buckets_string(x), ())))  # fmt: skip
 LAYERS = value(str, 'names with commas between them, "to_k,to_v"', lambda x: all(n.strip() for n in x.split(",")))
 SCHEDULE = value(str, f"one of {', '.join(LR_SCHEDULERS)}", LR_SCHEDULERS.__contains__)
 OPTIMIZER = value(str, "AdamW or prodigy", lambda x: x.lower() in ("adamw", "prodigy"))
@@ -1775,7 +1755,7 @@ FLAGS = [
     ("--center_crop", "Crop the middle instead of a random place."),
     ("--random_flip", "Mirror each picture with probability 1/2."),
     ("--use_aspect_ratio_buckets", "Many shapes of as many pixels instead of a square; the nearest one is taken."),
-    ("--aspect_ratio_buckets", TEXT, None, 'Sizes "h,w;h,w;..." instead of a square; the nearest one is taken.'),
+    ("--aspect_ratio_buckets", SIZES, None, 'Sizes "h,w;h,w;..." instead of a square; the nearest one is taken.'),
     ("--cache_latents", "Encode each picture once (a random crop then stays the same)."),
     ("--mask_dir", FOLDER, None, "A grey picture NAME.png for each photo NAME.jpg, white on the subject."),
     ("--alpha_mask", "The photos' own transparency is the mask."),
@@ -1888,6 +1868,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> Namespace:
         parser.error(f"unrecognized arguments: {word}" + (f"; did you mean {like[0]}?" if like else ""))
     for name in {word.split("=")[0] for word in given if word.startswith("--")}.difference(known):
         print(f"{name} is read as {next(one for one in known if one.startswith(name))}", file=sys.stderr)
+    args.lora_alpha = args.lora_alpha or args.rank
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     if args.hub_token:  # wandb copies sys.argv into its files
         sys.argv[1:] = [word.replace(args.hub_token, "***") for word in sys.argv[1:]]
@@ -1931,8 +1912,6 @@ def derive_class_prompt(args: Namespace) -> None:
 
 def mistakes(args: Namespace) -> dict[str, bool]:
     """What can be wrong with a command line, a sentence each, and whether it is."""
-    with explained('--aspect_ratio_buckets: write "h,w;h,w", such as "512,512;640,384"'):
-        buckets = parse_buckets_string(args.aspect_ratio_buckets) if args.aspect_ratio_buckets else []
     with explained("--output_dir"):
         taken = Path(args.output_dir).is_file()
     with explained("--hub_model_id"):
@@ -1956,8 +1935,6 @@ def mistakes(args: Namespace) -> dict[str, bool]:
             photos is not None and Path(args.output_dir).resolve().is_relative_to(photos.resolve()),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS, which is set, differs from --gradient_accumulation_steps: unset it":
             os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", accumulation) != accumulation,
-        f"--aspect_ratio_buckets: every edge must be a multiple of {LATENT_STRIDE}":
-            any(edge % LATENT_STRIDE for size in buckets for edge in size),
         "--class_token replaces --subject_token, which is not given: pass both":
             args.class_token is not None and args.subject_token is None,
         'the anchor needs a prompt for the class: --class_prompt, "a photo of a dog" for "a photo of sks dog", '

@@ -38,6 +38,14 @@ def sd21(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bases(sd15, tmp_path_factory) -> dict[str, Path]:
+    """A tiny pipeline for each script, by the script's name."""
+    folder = tmp_path_factory.mktemp("bases")
+    sdxl, sd3 = tiny_pipelines.save_sdxl(folder / "sdxl"), tiny_pipelines.save_sd3(folder / "sd3")
+    return {"train_sap_lora_sd15": sd15, "train_sap_lora_sdxl": sdxl, "train_sap_lora_sd3": sd3}
+
+
+@pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
     """Five pictures that are not square, without captions."""
     return tiny_pipelines.save_photos(tmp_path_factory.mktemp("data") / "photos")

@@ -59,6 +59,11 @@ def lora(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / LORA_FILE)
 
 
+def left_in(output: Path) -> set[str]:
+    """What a run left in its folder, but for the lock, which stays."""
+    return {path.name for path in output.iterdir()} - {".lock"}
+
+
 def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     """Two LoRAs are the same, bit for bit."""
     assert one.keys() == other.keys()
@@ -75,17 +80,15 @@ def make_run(script: str, arguments: list[str]):
     return module, module.prepare(args, accelerator, images, **more)
 
 
-def items_of(module, run, index: int = 0) -> list[dict]:
-    """The samples of the run's micro-step `index`, as its draws and the VAE give them."""
+def items_of(run, index: int = 0) -> list[dict]:
+    """The samples of the run's micro-step `index`."""
     (items,) = run.images.batches(run.images.draws(0, 1, index, index + 1))
-    if not run.images.cacheable:
-        module.encode_crops(run, [(index, items)])
     return items
 
 
 def draw(module, run, index: int = 0):
     """The run's micro-step `index`, with its anchor."""
-    step = module.draw_micro_step(run, index, items_of(module, run, index))
+    step = module.draw_micro_step(run, index, items_of(run, index))
     return step, anchors_of(module, run, [step])[0]
 
 

@@ -3,6 +3,7 @@
 
 import csv
 import functools
+import itertools
 import json
 import shutil
 import sys
@@ -155,8 +156,10 @@ def test_other_trainers_files(base_and_run, photos, tmp_path):
     """kohya's keys and names give the numbers of our own file."""
     base, run = base_and_run
     (tmp_path / "kohya").mkdir()
-    files = [run / "pytorch_lora_weights_kohya.safetensors", run / drift.LORA_FILE]
-    shutil.copy(next(file for file in files if file.exists()), tmp_path / "kohya" / "dog-step00000002.safetensors")
+    # SDXL's keys count the layers of the real one, which this small one has not: test_clients.py reads those.
+    counted = (base / "text_encoder_2").exists()
+    file = run / (drift.LORA_FILE if counted else "pytorch_lora_weights_kohya.safetensors")
+    shutil.copy(file, tmp_path / "kohya" / "dog-step00000002.safetensors")
     shutil.copy(run / drift.LORA_FILE, tmp_path / "kohya" / "dog.safetensors")  # without a step: left out
     rows = measure(base, photos, tmp_path / "out", f"--run=ours={run}", f"--run=kohya={tmp_path / 'kohya'}")
     ours, kohya = ([row for row in rows if row["label"] == label] for label in ("ours", "kohya"))
@@ -242,14 +245,17 @@ def test_seeds_of_a_label_share_a_line(sd15_run, photos, tmp_path):
         (["--run=a={run}", "--pretrained_model_name_or_path={photos}"], "cannot be loaded"),
         (["--run=a={broken}"], "cannot be read"),
         (["--run=a={full}"], "has no LoRA layers"),
+        (["--run=a={last}"], "give the step of its pytorch_lora_weights.safetensors with --final_step"),
     ],
 )
 def test_bad_input_gets_one_sentence(sd15_run, photos, tmp_path, capsys, more, message):
-    for name in ("broken", "full"):
+    for name in ("broken", "full", "last"):
         (tmp_path / name).mkdir()
+    shutil.copy(sd15_run[1] / drift.LORA_FILE, tmp_path / "last")
     (tmp_path / "broken" / "x-1.safetensors").write_bytes(b"no tensors")
     save_file({"conv_in.weight": torch.zeros(1)}, tmp_path / "full" / "x-1.safetensors")
     folders = {"photos": photos, "run": sd15_run[1], "broken": tmp_path / "broken", "full": tmp_path / "full"}
+    folders["last"] = tmp_path / "last"
     more = [text.format(**folders) for text in more]
     with pytest.raises(SystemExit) as stop:
         drift.parse_args(command(sd15_run[0], photos, tmp_path / "out", *more))
@@ -320,6 +326,7 @@ def test_differences_are_paired(scores, tmp_path):
     assert (row["clip_t"], row["clip_i"], row["dino"]) == pytest.approx((0.1, -0.1, -0.2), abs=1e-5)
     assert row["clip_t_low"] == row["clip_t_high"] == pytest.approx(0.1, abs=1e-5)
     assert row["paired_seeds"] == 2
+    assert (row["subjects"], row["clip_t_better"], row["dino_better"]) == (3, 3, 0)
     row = rows["sd15", "w = 0.5", "finetuned anchor, w = 0.5"]
     assert row["clip_t"] == pytest.approx(0.03, abs=1e-5)
     row = rows["sd15", "base model", "w = 0"]
@@ -340,6 +347,46 @@ def test_interval_of_a_mean():
     assert tradeoff.interval(np.array([[1.0, np.nan], [np.nan, 3.0]]), 200, 0)[0] == 2
 
 
+def test_a_baseline_from_a_folder_stands_beside_the_curve(tmp_path):
+    """As examples/dreambench documents it: pictures of others with a manifest of one line."""
+    data = ROOT / "examples" / "tiny_world" / "dataset"
+    readme = (ROOT / "examples" / "dreambench" / "README.md").read_text()
+    (line,) = [
+        line.split("'")[1] for line in readme.splitlines() if line.strip().endswith("> images/SuDe/manifest.json")
+    ]
+    for name, tags in (("SuDe", line), ("w0", '{"tags": {"backbone": "sd15", "w": 0}}')):
+        pictures = tmp_path / "images" / name / "ball" / "0"
+        pictures.mkdir(parents=True)
+        shutil.copy(data / "ball" / "00.png", pictures / "0.png")
+        (pictures.parents[1] / "manifest.json").write_text(tags)
+    score(tmp_path, data)
+    rows = plot(tmp_path / "out", tmp_path / "scores.json")
+    assert [(row["backbone"], row["kind"], row["label"]) for row in rows] == [
+        ("sd15", "curve", "w = 0"),
+        ("sd15", "reference", "SuDe"),
+    ]
+
+
+def score(folder, data):
+    """Run evaluate.py with the tiny world's models on FOLDER/images."""
+    world = ROOT / "examples" / "tiny_world"
+    paths = [f"--images_dir={folder / 'images'}", f"--data_dir={data}", f"--output_dir={folder}"]
+    runner.reset()
+    evaluate.main(evaluate.parse_args([*paths, f"--clip_model={world / 'clip'}", f"--dino_model={world / 'vit'}"]))
+
+
+def test_tick_labels_do_not_overlap():
+    """Scores that differ little have long labels."""
+    place = [{"w": w, "clip_t": 0.69 + 1e-4 * w, "dino": 0.5 - 1e-4 * w} for w in (0, 1, 2)]
+    rows = [{"kind": "curve", "label": f"w = {one['w']}", "subjects": 1, **one} for one in place]
+    figure, axis = tradeoff.plt.subplots(figsize=(5.5, 4.1))
+    tradeoff.draw_panel(axis, rows, "dino")
+    figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in axis.get_xticklabels()]
+    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
+    tradeoff.plt.close(figure)
+
+
 def test_no_figure_6_without_both_anchors(tmp_path, capsys):
     file = write_scores(tmp_path, {"a": method(0.1, w=0.5), "b": method(0.0, w=0)})
     plot(tmp_path / "out", file)
@@ -356,10 +403,7 @@ def test_scores_of_evaluate_are_read(tmp_path):
         pictures.mkdir(parents=True)
         shutil.copy(data / "ball" / f"0{2 * w:.0f}.png", pictures / "0.png")
         (pictures.parents[1] / "manifest.json").write_text(json.dumps({"tags": {"backbone": "sd15", "w": w}}))
-    models = [f"--clip_model={examples / 'tiny_world' / 'clip'}", f"--dino_model={examples / 'tiny_world' / 'vit'}"]
-    paths = [f"--images_dir={tmp_path / 'images'}", f"--data_dir={data}", f"--output_dir={tmp_path}"]
-    runner.reset()
-    evaluate.main(evaluate.parse_args([*paths, *models]))
+    score(tmp_path, data)
     scored = json.loads((tmp_path / "scores.json").read_text())["methods"]
     rows = plot(tmp_path / "out", tmp_path / "scores.json")
     assert [row["label"] for row in rows] == ["w = 0", "w = 0.5"]
@@ -374,6 +418,7 @@ def test_scores_of_evaluate_are_read(tmp_path):
         ({"a": method(0, w=0.5)}, {"a": method(0, w=0)}, "a is in two files"),
         ({"a": {"tags": {"w": 1}}}, None, "has no scores of subjects"),
         ({"a": method(0, w=0.5)}, "other", "scored by other models"),
+        ({"a": method(float("nan"), w=0.5)}, None, "has a score that is not finite"),
         (None, None, "is no scores.json"),
     ],
 )

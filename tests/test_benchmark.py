@@ -2,24 +2,22 @@
 """The benchmark runs the scripts' own loop, counts what it says, and writes what it prints."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import runner
+import tiny_pipelines
 import torch
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "benchmark"
 sys.path.insert(0, str(FOLDER))
 
 import bench  # noqa: E402
+import gpu_check  # noqa: E402
 import memory  # noqa: E402
 import models  # noqa: E402
-
-
-def tiny_sd3() -> models.Backbone:
-    mid = models.BACKBONES["sd3", "mid"]
-    narrow = {"num_layers": 1, "num_attention_heads": 1, "caption_projection_dim": 64}
-    return models.backbone(models.SD3, 64, mid.config | narrow, mid.conditioning)
 
 
 def test_full_sizes_are_those_of_the_published_models():
@@ -30,9 +28,8 @@ def test_full_sizes_are_those_of_the_published_models():
     assert counted == {"sd15": 860, "sdxl": 2567, "sd3": 2028}
 
 
-def test_rows_of_a_tiny_denoiser(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(bench.BACKBONES, ("sd3", "mid"), tiny_sd3())
-    bench.main(bench.parse_args(["--backbone=sd3", "--size=mid", "--rounds=1", f"--output={tmp_path}"]))
+def test_rows_of_a_tiny_denoiser(tmp_path, capsys):
+    bench.main(bench.parse_args(["--backbone=sd3", "--size=tiny", "--rounds=1", f"--output={tmp_path}"]))
     rows = {row["variant"]: row for row in json.loads((tmp_path / "benchmark.json").read_text())["sd3"]}
     assert list(rows) == list(bench.VARIANTS)
     flops = {name: row["flops"] / rows["plain"]["flops"] for name, row in rows.items()}
@@ -76,9 +73,60 @@ def test_live_bytes_follow_what_is_made_and_gone():
     assert view.untyped_storage().nbytes() == 4000
 
 
-def test_checkpointing_saves_estimated_memory(monkeypatch):
-    monkeypatch.setitem(memory.BACKBONES, ("sd3", "full"), models.BACKBONES["sd3", "mid"])
-    plain, checkpointed, quantised = memory.estimate("sd3")
-    assert checkpointed["step"] < plain["step"]
-    assert quantised["base"] < 0.4 * plain["base"]
-    assert "| sd3 |" in memory.memory_table([plain])
+def test_a_table_of_peaks_names_the_smallest_card():
+    peaks = {"load_text_pipeline": 2e9, "encode_texts": 1e9, "encode_images": 3e9, "load_denoiser": 1e9, "train": 7e9}
+    table = memory.memory_table([("sd3", "--flag", peaks), ("sd3", "--more", peaks | {"train": 7.5e9})])
+    assert "| sd3 | `--flag` | 2.00 | 3.00 | 7.00 | 8 GB |" in table
+    assert "| sd3 | `--more` | 2.00 | 3.00 | 7.50 | 12 GB |" in table
+
+
+def test_4_bits_save_most_of_the_linear_layers():
+    assert memory.saved_by_4_bits("sd3") == pytest.approx(2.9e9, rel=0.03)  # of 4.06
+
+
+# ---- One command for whoever has a GPU ----
+
+
+@pytest.fixture
+def checks(tmp_path, monkeypatch):
+    """`gpu_check.main` with words after its command line, on a world that is smaller still."""
+    runner.reset()
+    tiny_pipelines.save_sd3(tmp_path / "world" / "sd3")
+    tiny_pipelines.save_photos(tmp_path / "world" / "dataset" / "fish", size=(64, 64))
+    monkeypatch.setattr(gpu_check, "WORLD", tmp_path / "world")
+    monkeypatch.syspath_prepend(str(gpu_check.ROOT))
+    words = [f"--output={tmp_path / 'output'}", "--rounds=1", "--jobs=1"]
+    return lambda *more: gpu_check.main(gpu_check.parse_args([*words, *more]))
+
+
+def test_checks_run_through_on_a_cpu(checks, tmp_path, capfd):
+    report = checks("--only", "sd3")
+    assert "12 passed, 0 failed, 11 cannot run here." in report, report
+    assert report == (tmp_path / "output" / "report.md").read_text()
+    for line in (
+        "| float32 |  |  | losses apart 0, LoRA 1 |",
+        "| fp16 |  |  | needs CUDA |",
+        "| SAP, anchor batch 8 |",
+    ):
+        assert line in report
+    assert f"| sd3 | `{gpu_check.CHECKPOINTED}` | milliseconds " in report
+    assert len(capfd.readouterr().out.splitlines()) == 12
+    checks("--only", "sd3")
+    assert not capfd.readouterr().out  # all that passed stays
+
+
+def test_a_check_that_fails_says_why_and_is_run_again(checks, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(gpu_check, "REFERENCES", {"CPU": ""})
+    far = {"learns faster": ("--learning_rate=5e-3", "CPU", 1e-6, 0.0, ""),
+           "no such flag": ("--no_such_flag", "CPU", 1, 0.0, "")}  # fmt: skip
+    monkeypatch.setattr(gpu_check, "TINY", far)
+    for name in ("resumed", "anchored", "two_gpus"):
+        monkeypatch.setattr(gpu_check, name, lambda *_: os._exit(3))
+    report = checks("--only", "tiny", "sd3")
+    assert "- **tiny, sd3, learns faster**: ArithmeticError: the losses are up to" in report
+    assert "unrecognized arguments: --no_such_flag" in report
+    assert "- **tiny, sd3, resumed**: ended with 3" in report
+    capfd.readouterr()
+    monkeypatch.setattr(gpu_check, "TINY", {"learns faster": ("", "CPU", 1e-6, 1.0, "")})
+    report = checks("--only", "tiny", "sd3")
+    assert "| learns faster |  |  | losses apart 0, LoRA 1 |" in report

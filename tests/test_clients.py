@@ -66,12 +66,12 @@ def run_of(base: str, layers: dict, **more):
             "resolution": 512, "output_dir": "/home/anna/dog", "instance_prompt": "a photo of sks dog",
             "pretrained_model_name_or_path": "/home/anna/secret/models/my-base"}  # fmt: skip
     config = SimpleNamespace(prediction_type="v_prediction" if base == "sd2" else "epsilon")
-    denoiser = SimpleNamespace(config=SimpleNamespace(cross_attention_dim={"sd2": 1024}.get(base, 768)))
+    unet = SimpleNamespace(cross_attention_dim={"sd2": 1024}.get(base, 768), layers_per_block=2)
     return SimpleNamespace(
         args=SimpleNamespace(**args | more),
         images=SimpleNamespace(count=5),
         scheduler=SimpleNamespace(config=config),
-        student=SimpleNamespace(denoiser=denoiser),
+        student=SimpleNamespace(denoiser=SimpleNamespace(config=unet)),
         layers=layers,
     )
 
@@ -198,7 +198,7 @@ def test_with_the_layers_of_the_default_the_kohya_file_is_read_whole_everywhere(
 
 def test_sdxl_needs_the_names_of_sd_scripts(monkeypatch):
     """With diffusers' names, sd-scripts finds nothing of the UNet and A1111 misses an upsampler and the embeddings."""
-    monkeypatch.setattr(train_sap_lora_sdxl, "stability_key", lambda key: key)
+    monkeypatch.setattr(train_sap_lora_sdxl, "stability_key", lambda key, depth: key)
     tensors = safetensors.torch.load_file(written("sdxl", trained("sdxl")[0], kohya=True))
     unet = {layer for layer in trained("sdxl")[1] if layer.startswith("unet.")}
     assert not unet & clients.read("sd-scripts", "sdxl", tensors, {})[0].keys()

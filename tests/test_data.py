@@ -10,17 +10,13 @@ import pytest
 import tiny_pipelines
 import torch
 from PIL import Image
-from runner import draw, flags, make_run, without
+from runner import assert_equal, draw, flags, lora, make_run, train, without
 
 import train_sap_lora_sd15 as sap
 
 
-def parse(folder: Path, *more: str):
-    return sap.parse_args(flags("base", folder, "out", *more))
-
-
-def load(folder: Path, *more: str) -> sap.SubjectImages:
-    return sap.load_subject_images(parse(folder, *more))
+def load(folder: Path, *more: str, left_out: str = "") -> sap.SubjectImages:
+    return sap.SubjectImages(sap.parse_args(without(flags("base", folder, "out", *more), left_out)))
 
 
 # ---- One picture ----
@@ -67,13 +63,13 @@ def test_a_damaged_picture_is_named(content, tmp_path):
     tiny_pipelines.save_photos(tmp_path, count=2, size=(200, 200))
     damaged = tmp_path / "01.jpg"
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2] if content == "half" else content)
-    with pytest.raises(sap.UsageError, match="01.jpg cannot be read as a picture"):
+    with pytest.raises(sap.UsageError, match=f"01.jpg of {tmp_path} cannot be read as a picture"):
         load(tmp_path)
 
 
 def test_a_picture_too_large_to_be_meant_is_named(tmp_path):
     Image.new("1", (20000, 20000)).save(tmp_path / "huge.png")
-    with pytest.raises(sap.UsageError, match="huge.png cannot be read .* scale it down"):
+    with pytest.raises(sap.UsageError, match=f"huge.png of {tmp_path} cannot be read .*exceeds limit"):
         load(tmp_path)
 
 
@@ -96,16 +92,24 @@ def test_names_in_any_script_and_two_pictures_of_one_name(tmp_path):
 
 def test_only_pictures_are_read_and_the_rest_is_named(tmp_path, caplog):
     tiny_pipelines.save_photos(tmp_path, count=3)
-    for name in (".DS_Store", "._00.jpg", "notes.md", "model.safetensors"):
+    of_systems, others = [".DS_Store", "._00.jpg", "Thumbs.db", ".hidden.png"], ["notes.md", "model.safetensors"]
+    for name in of_systems + others:
         (tmp_path / name).write_text("no picture")
     (tmp_path / ".ipynb_checkpoints").mkdir()
     (tmp_path / "00.jpg").rename(tmp_path / "00.JPG")
-    images = load(tmp_path)
-    assert [path.name for path in images.images] == ["00.JPG", "01.jpg", "02.jpg"]
+    assert [path.name for path in load(tmp_path).images] == ["00.JPG", "01.jpg", "02.jpg"]
     (line,) = [record.message for record in caplog.records]
-    assert all(
-        name in line for name in (".DS_Store", "._00.jpg", "notes.md", "model.safetensors", ".ipynb_checkpoints")
-    )
+    assert [name for name in others if name not in line] == []
+    assert [name for name in [*of_systems, ".ipynb_checkpoints"] if name in line] == []
+
+
+def test_heic_without_its_package_is_explained(tmp_path, caplog, monkeypatch):
+    tiny_pipelines.save_photos(tmp_path, count=1)
+    (tmp_path / "IMG_1.HEIC").touch()
+    find_spec = sap.importlib.util.find_spec
+    monkeypatch.setattr(sap.importlib.util, "find_spec", lambda name: None if "heif" in name else find_spec(name))
+    load(tmp_path)
+    assert "IMG_1.HEIC; for HEIC export JPEG, or pip install pillow-heif" in caplog.text
 
 
 def test_captions_of_metadata_and_of_text_files(tmp_path):
@@ -123,13 +127,18 @@ def test_captions_of_another_field(tmp_path):
 
 
 def test_pictures_without_caption_get_the_instance_prompt(tmp_path, caplog):
-    tiny_pipelines.save_photos(tmp_path, count=3, captions=["one"])
+    tiny_pipelines.save_photos(tmp_path, count=3, captions=["one", None, "  "])
+    caplog.set_level("INFO", "sap_lora")
     assert load(tmp_path).captions == ["one", "a photo of sks dog", "a photo of sks dog"]
-    assert "2 of 3 pictures have no caption" in caplog.text
+    assert "Captions: found for 1 of 3 pictures, --instance_prompt stands in for the others" in caplog.text
     assert set(load(tmp_path).anchor_captions) == {"a photo of a dog"}
 
 
-@pytest.mark.parametrize("line", ["{", '{"file_name": "00.jpg"}', '["00.jpg"]', '{"file_name": "9.jpg", "text": "x"}'])
+BROKEN = ["{", '{"file_name": "00.jpg"}', '{"file_name": "00.jpg", "text": 3}', '["00.jpg"]',
+          '{"file_name": "9.jpg", "text": "x"}']  # fmt: skip
+
+
+@pytest.mark.parametrize("line", BROKEN)
 def test_a_broken_caption_line_is_named(line, tmp_path):
     tiny_pipelines.save_photos(tmp_path, count=1)
     (tmp_path / "metadata.jsonl").write_text("\n" + line)
@@ -177,8 +186,7 @@ def dataset(photos, tmp_path_factory) -> Path:
 
 
 def of_dataset(dataset: Path, *more: str) -> sap.SubjectImages:
-    arguments = without(flags("base", "none", "out", *more), "--instance_data_dir")
-    return sap.load_subject_images(sap.parse_args([*arguments, f"--dataset_name={dataset}"]))
+    return load("none", *more, f"--dataset_name={dataset}", left_out="--instance_data_dir")
 
 
 def test_dataset_from_disk(dataset, photos):
@@ -233,8 +241,7 @@ def test_mirrored_pixels(tmp_path):
 
 
 def test_random_crops_are_drawn_anew_at_each_micro_step_but_not_at_random(photos):
-    arguments = without(flags("base", photos, "out"), "--center_crop")
-    images = sap.load_subject_images(sap.parse_args(arguments))
+    images = load(photos, left_out="--center_crop")
     assert not images.cacheable
     items = [images[(0, (0, 0, step, 0))] for step in range(8)]
     assert len({item["centering"] for item in items}) == 8
@@ -249,15 +256,13 @@ def test_random_crops_are_drawn_anew_at_each_micro_step_but_not_at_random(photos
 )  # fmt: skip
 def test_latents_are_cached_where_crops_do_not_move(size, more, cacheable, tmp_path):
     photos = tiny_pipelines.save_photos(tmp_path / "photos", count=1, size=size)
-    arguments = without(flags("base", photos, "out"), "--center_crop") + more
-    assert sap.load_subject_images(sap.parse_args(arguments)).cacheable == cacheable
+    found = without(flags("base", photos, "out"), "--center_crop") + more
+    assert sap.SubjectImages(sap.parse_args(found)).cacheable == cacheable
 
 
 def test_cached_random_crops_differ_between_pictures_and_seeds(photos):
-    arguments = without(flags("base", photos, "out", "--cache_latents"), "--center_crop")
-    images = sap.load_subject_images(sap.parse_args(arguments))
-    assert len({tuple(centering) for centering in images.fixed_centering}) == 5
-    other = sap.load_subject_images(sap.parse_args([*arguments, "--seed=1"]))
+    images, other = (load(photos, "--cache_latents", f"--seed={i}", left_out="--center_crop") for i in (0, 1))
+    assert len(set(images.fixed_centering)) == 5
     assert images.fixed_centering != other.fixed_centering
 
 
@@ -282,17 +287,15 @@ def test_caption_dropout_empties_both_prompts(photos):
 def test_posteriors_are_keyed_by_picture_and_mirror_and_sampled_anew(sd15, photos, tmp_path):
     run = make_run("train_sap_lora_sd15", flags(sd15, photos, tmp_path, "--random_flip"))[1]
     assert set(run.posteriors) == {(i, flipped) for i in range(5) for flipped in (False, True)}
-    assert run.vae is None
-    vae = sap.load_vae(run.args, run.device)
     for (index, flipped), parameters in run.posteriors.items():
         pixel_values = run.images.pixel_values(index, flipped, (0.5, 0.5))
-        assert torch.equal(parameters, vae.encode(pixel_values[None]).latent_dist.parameters)
+        assert torch.equal(parameters, run.vae.encode(pixel_values[None]).latent_dist.parameters)
     item = {"index": 1, "flipped": False}
     one, other = (sap.draw_latents(run, [item], sap.keyed_generator(i)) for i in range(2))
-    mean = run.posteriors[1, False].chunk(2, dim=1)[0] * run.vae_config["scaling_factor"]
+    mean = run.posteriors[1, False].chunk(2, dim=1)[0] * run.vae.config.scaling_factor
     assert 0 < (one - other).abs().max() < 0.5
     assert torch.allclose(one, mean, atol=0.5)
-    assert torch.allclose(sap.unscale_latents(sap.scale_latents(mean, run.vae_config), run.vae_config), mean)
+    assert torch.allclose(sap.scale_latents(sap.scale_latents(mean, run.vae), run.vae, inverse=True), mean)
 
 
 def test_a_batch_pairs_each_picture_with_its_own_captions(sd15, captioned, tmp_path):
@@ -309,11 +312,8 @@ def test_a_batch_pairs_each_picture_with_its_own_captions(sd15, captioned, tmp_p
 # ---- Which pictures a micro-step draws ----
 
 
-def batches(images, *more: str, ranks: int = 1, rank: int = 0, start: int = 0, stop: int = 30) -> list[list[int]]:
-    args = parse(Path("/"), *more)
-    sampler = sap.MicroStepSampler(images, args, rank, ranks)
-    sampler.start, sampler.stop = start, stop
-    return [[index for index, _ in batch] for batch in sampler]
+def batches(images, ranks: int = 1, rank: int = 0, start: int = 0, stop: int = 30) -> list[list[int]]:
+    return [[index for index, _ in batch] for batch in images.draws(rank, ranks, start, stop)]
 
 
 def test_an_epoch_shows_every_picture_once_in_an_order_of_its_own(photos):
@@ -324,10 +324,10 @@ def test_an_epoch_shows_every_picture_once_in_an_order_of_its_own(photos):
 
 
 def test_every_batch_is_full(photos):
-    drawn = batches(load(photos), "--train_batch_size=2")
+    drawn = batches(load(photos, "--train_batch_size=2"))
     assert {len(batch) for batch in drawn} == {2}
     assert all(set(sum(drawn[i : i + 3], [])) == {0, 1, 2, 3, 4} for i in range(0, 30, 3))
-    assert {len(batch) for batch in batches(load(photos), "--train_batch_size=8")} == {8}
+    assert {len(batch) for batch in batches(load(photos, "--train_batch_size=8"))} == {8}
 
 
 def test_ranks_share_an_epoch(photos):
@@ -337,41 +337,67 @@ def test_ranks_share_an_epoch(photos):
     assert merged == sum(batches(images, stop=20), [])
 
 
-def test_a_sampler_goes_on_where_a_run_stopped(photos):
+def test_draws_go_on_where_a_run_stopped(photos):
     images = load(photos)
-    assert batches(images, start=7, stop=20) == batches(images, stop=20)[7:]
+    assert list(images.draws(0, 1, 7, 20)) == list(images.draws(0, 1, 0, 20))[7:]
 
 
 def test_repeats_make_the_epoch_longer(photos):
-    images = load(photos)
-    drawn = sum(batches(images, "--repeats=3", stop=15), [])
+    images = load(photos, "--repeats=3")
+    drawn = sum(batches(images, stop=15), [])
+    assert images.batches_per_epoch == 15
     assert set(Counter(drawn).values()) == {3}
-    assert drawn != sum(batches(images, stop=15), [])
+    assert drawn != sum(batches(load(photos), stop=15), [])
 
 
 def test_a_batch_has_one_size(tmp_path):
-    folder = tmp_path / "mixed"
     for i, size in enumerate([(64, 64), (128, 64), (64, 64), (128, 64), (64, 64)]):
-        path = tiny_pipelines.save_photos(tmp_path / f"{i}", count=1, size=size) / "00.jpg"
-        folder.mkdir(exist_ok=True)
-        path.rename(folder / f"{i}.jpg")
-    images = load(folder, "--aspect_ratio_buckets=64,64;64,128")
-    drawn = batches(images, "--train_batch_size=2")
+        tiny_pipelines.save_photos(tmp_path / f"{i}", count=1, size=size)
+        (tmp_path / f"{i}" / "00.jpg").rename(tmp_path / f"{i}.jpg")
+    images = load(tmp_path, "--aspect_ratio_buckets=64,64;64,128", "--train_batch_size=2")
+    drawn = batches(images)
     assert all(len({images.windows[index] for index in batch}) == 1 for batch in drawn)
     assert {frozenset(batch) for batch in drawn} >= {frozenset({1, 3})}
 
 
 def test_draws_are_keyed_by_seed_rank_and_micro_step(photos):
-    images = load(photos)
     keys = set()
     for seed in (0, 1):
-        for rank in (0, 1):
-            sampler = sap.MicroStepSampler(images, parse(photos, f"--seed={seed}", "--train_batch_size=2"), rank, 2)
-            sampler.stop = 5
-            keys |= {key for batch in sampler for _, key in batch}
+        images = load(photos, f"--seed={seed}", "--train_batch_size=2")
+        keys |= {key for rank in (0, 1) for batch in images.draws(rank, 2, 0, 5) for _, key in batch}
     assert len(keys) == 2 * 2 * 5 * 2
     numbers = {torch.rand(1, generator=sap.keyed_generator(*key)).item() for key in keys}
     assert len(numbers) == len(keys)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_give_what_one_thread_gives_in_its_order(threads, photos):
+    plain, threaded = (load(photos, f"--dataloader_num_workers={n}", "--train_batch_size=2", left_out="--center_crop")
+                       for n in (0, threads))  # fmt: skip
+    pairs = zip(*(images.batches(images.draws(0, 1, 3, 12)) for images in (plain, threaded)), strict=True)
+    for items, others in pairs:
+        for item, other in zip(items, others, strict=True):
+            assert torch.equal(item.pop("pixel_values"), other.pop("pixel_values"))
+            assert item == other
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_picture_that_goes_bad_in_training_ends_the_run(threads, sd15, photos, tmp_path, monkeypatch):
+    real, opened = sap.SubjectImages.pixel_values, []
+
+    def gone(images, *rest):
+        opened.append(rest)
+        if len(opened) > 2:
+            raise sap.UsageError("01.jpg cannot be read as a picture: it is gone")
+        return real(images, *rest)
+
+    monkeypatch.setattr(sap.SubjectImages, "pixel_values", gone)
+    more = [f"--dataloader_num_workers={threads}", "--anchor_batch_size=1"]
+    with pytest.raises(sap.RunError, match="it is gone: stopped after step .* of 9. To go on") as ended:
+        train("train_sap_lora_sd15", without(flags(sd15, photos, tmp_path, *more, steps=9), "--center_crop"))
+    (checkpoint,) = sap.list_checkpoints(tmp_path)  # what was trained is kept
+    assert f"after step {checkpoint.name.removeprefix('checkpoint-')} of" in str(ended.value)
+    assert_equal(lora(tmp_path), lora(checkpoint))
 
 
 def test_noise_does_not_depend_on_what_was_drawn_before(sd15, photos, tmp_path):

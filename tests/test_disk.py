@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from runner import LORA_FILE, ROOT, assert_equal, flags, lora, train
+from runner import ROOT, assert_equal, flags, left_in, lora, train
 
 import train_sap_lora_sd15 as sap
 
@@ -26,7 +26,7 @@ def small_disk(tmp_path):
 
 def test_an_output_folder_below_a_file_is_told_before_anything_is_loaded(sd15, photos, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr(sap, "encode_texts", lambda run: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(sap, "prepare", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(sap.UsageError, match="--output_dir .*out cannot be written"):
         train("train_sap_lora_sd15", flags(sd15, photos, tmp_path / "file" / "out"))
     assert (tmp_path / "file").read_text() == "mine"
@@ -34,7 +34,7 @@ def test_an_output_folder_below_a_file_is_told_before_anything_is_loaded(sd15, p
 
 def test_a_folder_that_takes_no_file_is_told(sd15, photos, small_disk, monkeypatch):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    monkeypatch.setattr(sap, "encode_texts", lambda run: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(sap, "prepare", lambda *_, **__: pytest.fail("a model was loaded"))
     for output in (small_disk, small_disk / "new"):
         with pytest.raises(sap.UsageError, match="Read-only"):
             train("train_sap_lora_sd15", flags(sd15, photos, output))
@@ -42,34 +42,45 @@ def test_a_folder_that_takes_no_file_is_told(sd15, photos, small_disk, monkeypat
 
 def test_a_full_disk_ends_the_run_in_one_sentence_and_loses_nothing(sd15, photos, small_disk, tmp_path):
     """The disk has room for some checkpoints; on a larger one the run goes on as if nothing had happened."""
-    wanted = [*flags(sd15, photos, small_disk, "--checkpointing_steps=1", "--rank=8", steps=12)]
-    ended = subprocess.run([sys.executable, SCRIPT, *wanted], capture_output=True, text=True, cwd=tmp_path)
+    more = ["--checkpointing_steps=1", "--rank=8", "--resume_from_checkpoint=latest"]
+    command = [sys.executable, SCRIPT, *flags(sd15, photos, small_disk, *more, steps=8)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 1, ended.stderr
     (told,) = [line for line in ended.stderr.splitlines() if line.startswith("train_sap_lora_sd15.py: error: ")]
     assert "cannot be written" in told
-    assert "--resume_from_checkpoint latest" in told
     assert "Traceback" not in ended.stderr
-    there = sap.list_checkpoints(small_disk)
+    there = [path.name for path in sap.list_checkpoints(small_disk)]
     assert there
-    assert len(there) == len(list(small_disk.glob("checkpoint-*")))
+    assert f"checkpoints that are whole: {', '.join(there)}" in told
+    assert {name for name in left_in(small_disk) if "checkpoint" in name} == set(there)
     moved = tmp_path / "larger"
     subprocess.run(["cp", "-r", str(small_disk), str(moved)], check=True)
-    train("train_sap_lora_sd15", [*flags(sd15, photos, moved, "--checkpointing_steps=1", "--rank=8", steps=12),
-                                  "--resume_from_checkpoint=latest"])  # fmt: skip
-    train("train_sap_lora_sd15", flags(sd15, photos, tmp_path / "whole", "--rank=8", steps=12))
+    train("train_sap_lora_sd15", flags(sd15, photos, moved, *more, steps=8))
+    train("train_sap_lora_sd15", flags(sd15, photos, tmp_path / "whole", "--rank=8", steps=8))
     assert_equal(lora(moved), lora(tmp_path / "whole"))
 
 
 def test_the_lora_of_an_earlier_run_survives_a_full_disk(sd15, photos, tmp_path, monkeypatch):
-    train("train_sap_lora_sd15", flags(sd15, photos, tmp_path))
-    before = (tmp_path / LORA_FILE).read_bytes()
+    train("train_sap_lora_sd15", flags(sd15, photos, tmp_path, "--output_kohya_format"))
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
 
-    def full(folder, weight_name, **_):
-        (folder / weight_name).write_bytes(b"half")
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sap.PIPELINE_CLASS, "save_lora_weights", full)
-    with pytest.raises(sap.OutputError, match="No space left"):
+    monkeypatch.setattr(sap, "write_safetensors", full)
+    with pytest.raises(sap.RunError, match="No space left"):
         train("train_sap_lora_sd15", flags(sd15, photos, tmp_path, "--seed=7"))
-    assert (tmp_path / LORA_FILE).read_bytes() == before
-    assert list(tmp_path.glob(".*partial")) == []
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")} == before
+    assert [name for name in left_in(tmp_path) if name.startswith(".")] == []
+
+
+def test_a_log_that_cannot_be_written_is_given_up(sd15, photos, tmp_path, monkeypatch, caplog):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    train("train_sap_lora_sd15", flags(sd15, photos, tmp_path / "plain"))
+    monkeypatch.setattr(sap.Accelerator, "log", full)
+    train("train_sap_lora_sd15", flags(sd15, photos, tmp_path / "full"))
+    assert "No more logs, they cannot be written: [Errno 28] No space left" in caplog.text
+    assert_equal(lora(tmp_path / "full"), lora(tmp_path / "plain"))

@@ -4,12 +4,15 @@
 import base64
 import csv
 import io
+import itertools
 import json
 import os
 import runpy
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -21,6 +24,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, CLIPModel, CLIPProcessor, ViTConfig, ViTModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +108,10 @@ def test_only_subjects_with_references_are_listed(tmp_path):
         ("", "no table of classes"),
         (TWO_LISTS.split("Prompts")[0], "no prompts"),
         (TWO_LISTS.replace("shelf'", "shelf"), "not a Python list"),
+        (TWO_LISTS.replace("shelf'", "shelf {2}'"), "no other braces"),
+        (TWO_LISTS.replace("shelf'", "shelf {foo}'"), "no other braces"),
+        (TWO_LISTS.replace("shelf'", "shelf {'"), "no other braces"),
+        (TWO_LISTS.replace("mug,mug", "../mug,mug"), "no name for a folder"),
     ],
 )
 def test_a_text_file_that_cannot_be_understood(tmp_path, text, says):
@@ -333,10 +341,25 @@ def no_image(images: Path) -> None:
     (images / "noise" / "fish" / "3" / "0.jpg").write_text("nothing")
 
 
+def bomb(images: Path) -> None:
+    """A picture of a few bytes that would fill the memory."""
+    size = struct.pack(">II", 100_000, 100_000) + bytes([8, 2, 0, 0, 0])
+    header = struct.pack(">I", 13) + b"IHDR" + size + struct.pack(">I", zlib.crc32(b"IHDR" + size))
+    (images / "noise" / "fish" / "3" / "0.jpg").write_bytes(b"\x89PNG\r\n\x1a\n" + header)
+
+
+def manifest(text: str):
+    return lambda images: (images / "noise" / "manifest.json").write_text(text)
+
+
 @pytest.mark.parametrize(
     ("spoil", "more", "says"),
     [
         (empty, [], "no images in"),
+        (bomb, [], "0.jpg is not an image"),
+        (manifest('{"tags": {"w": 0.5'), [], "manifest.json is damaged"),
+        (manifest('{"tags": {"w": NaN}}'), [], "manifest.json is damaged"),
+        (manifest('["tags"]'), [], "manifest.json is damaged"),
         (stranger, [], "no subject of this name"),
         (out_of_range, [], "fish has prompts 0 to 11"),
         (no_index, [], "not a prompt's index"),
@@ -363,6 +386,32 @@ def test_a_subject_without_references(images, tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate.parse_args(command(images, tmp_path / "results", data=tmp_path / "data"))
     assert "no references to compare with" in capsys.readouterr().err
+
+
+def test_an_odd_table_of_an_earlier_run_is_named_before_models_are_loaded(images, tmp_path, monkeypatch):
+    score(images, tmp_path / "results")
+    file = tmp_path / "results" / "images.csv"
+    text = file.read_text()
+    file.write_bytes(b"\xff" + text.encode())
+    monkeypatch.setattr(evaluate, "Clip", None)
+    with pytest.raises(ValueError, match="images.csv is damaged"):
+        score(images, tmp_path / "results")
+    row = read_rows_of(text)[0]
+    file.write_text(text.replace(row["dino"], "nan"))
+    assert row["file"] not in evaluate.known_rows(evaluate.parse_args(command(images, tmp_path / "results")))
+
+
+def read_rows_of(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_a_model_that_gives_no_numbers_is_named(images, tmp_path):
+    shutil.copytree(WORLD / "vit", tmp_path / "vit")
+    weights = tmp_path / "vit" / "model.safetensors"
+    save_file({name: tensor * float("nan") for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(ValueError, match="--dino_model gives no number for copies/ball/0/0.png"):
+        score(images, tmp_path / "results", f"--dino_model={tmp_path / 'vit'}")
+    assert not (tmp_path / "results" / "scores.json").exists()
 
 
 def test_a_damaged_image_ends_the_run_with_its_name(images, tmp_path, monkeypatch, capsys):
@@ -449,6 +498,8 @@ def test_seeds_are_merged_into_a_mean_with_its_spread():
 
 
 def test_scores_and_printed_numbers_stand_side_by_side(images, tmp_path, capsys):
+    for name, method_folder in itertools.product(("moon", "star", "tree"), images.iterdir()):
+        shutil.copytree(method_folder / "ball", method_folder / name)  # five subjects have intervals
     score(images, tmp_path / "results")
     others = write_table(tmp_path / "printed.csv", [",others,.5,.3,.6"])
     files = [str(tmp_path / "results" / "scores.json"), str(others)]
@@ -462,13 +513,85 @@ def test_scores_and_printed_numbers_stand_side_by_side(images, tmp_path, capsys)
     assert printed_rows == ["Method", "others", "noise"]
 
 
+def write_scores(file: Path, methods: dict[str, dict[str, float]], **tags) -> Path:
+    """scores.json of methods given as {method: {subject: score}}; one score is all three metrics."""
+    entries = {}
+    for name, subjects in methods.items():
+        mean = float(np.mean(list(subjects.values())))
+        entry = {metric: {"mean": mean, "low": mean - 0.1, "high": mean + 0.1} for metric in evaluate.METRICS}
+        of_subjects = {subject: dict.fromkeys(evaluate.METRICS, value) for subject, value in subjects.items()}
+        entries[name] = entry | {"tags": tags, "images": len(subjects), "subjects": of_subjects}
+    file.write_text(json.dumps({"methods": entries}))
+    return file
+
+
+EASY = {"a": 0.9, "b": 0.9}
+HARD = {"c": 0.1, "d": 0.1, "e": 0.1, "f": 0.1}
+
+
+def test_a_method_with_fewer_subjects_does_not_win_by_them(tmp_path, capsys):
+    """The one that has the easy subjects alone has the highest mean, and yet is worse on each of them."""
+    methods = {"whole": EASY | HARD, "part": {name: value - 0.1 for name, value in EASY.items()}}
+    file = write_scores(tmp_path / "scores.json", methods)
+    table.main(table.parse_args([str(file), "--intervals"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| method | n |")
+    assert lines[2] == "| whole | 2 | **.9000** | **.9000** | **.9000** | 1.00 | 1 |"
+    assert lines[3] == "| part | 2 † | .8000 | .8000 | .8000 | 2.00 | 2 |"
+    assert lines[5] == "† Means and ranks are over the subjects that all have, a, b: part has 2 of 6."
+    table.main(table.parse_args([str(file), "--format=latex"]))
+    said = capsys.readouterr().out
+    assert r"part & 2 $\dagger$ & .8000" in said and "part has 2 of 6" in said
+
+
+def test_methods_without_a_common_subject_are_not_ranked(tmp_path, capsys):
+    file = write_scores(tmp_path / "scores.json", {"one": EASY, "other": HARD})
+    with pytest.raises(SystemExit):
+        table.parse_args([str(file)])
+    assert "no subject has scores of all of one, other" in capsys.readouterr().err
+
+
+def test_intervals_begin_with_five_subjects(tmp_path, capsys):
+    file = write_scores(tmp_path / "scores.json", {"four": HARD})
+    table.main(table.parse_args([str(file), "--intervals"]))
+    assert "[" not in capsys.readouterr().out
+    six = {"six": EASY | HARD, "seven": EASY | HARD | {"g": 0.2}}  # the interval of "seven" is that of its six
+    table.main(table.parse_args([str(write_scores(file, six)), "--intervals"]))
+    line = capsys.readouterr().out.splitlines()[3].split(" | ")
+    scores = np.array([[value] * 3 for value in (EASY | HARD).values()])
+    low, high = table.bootstrap(scores, 10_000, seed=0)
+    assert line[2] == f"**.3667** [{table.digits(low[0])}, {table.digits(high[0])}]"
+
+
+def test_wins_against_a_method_are_counted_by_subject(tmp_path, capsys):
+    methods = {"start": EASY | HARD, "better": {name: value + 0.1 for name, value in HARD.items()} | EASY}
+    file = write_scores(tmp_path / "scores.json", methods)
+    table.main(table.parse_args([str(file), "--against=start"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert "better on" not in lines[2] and lines[3].count("(better on 4 of 6)") == 3
+    with pytest.raises(SystemExit):
+        table.parse_args([str(file), "--against=nobody"])
+    assert "--against: there is no row nobody" in capsys.readouterr().err
+
+
+def test_seeds_share_a_row_over_common_subjects(tmp_path):
+    files = [write_scores(tmp_path / f"{s}.json", {f"m-seed{s}": EASY | HARD if s else EASY}, seed=s) for s in (0, 1)]
+    (row,) = table.parse_args([*map(str, files), "--merge_seeds"]).rows
+    assert row.name == "m (2 seeds)" and row.means["dino"] == pytest.approx(0.9)
+    assert set(row.subjects) == set(EASY)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
         ("a.csv", "method,clip_i\nx,1\n", "needs the columns"),
         ("a.csv", "method,clip_i,clip_t,dino\nx,1,-,2\n", "needs the columns"),
         ("a.csv", "method,clip_i,clip_t,dino\nx,1,1,2\nx,1,1,2\n", "x comes twice"),
+        ("a.csv", "method,clip_i,clip_t,dino\nx,1,nan,2\n", "a.csv: clip_t of x is not finite"),
+        ("a.csv", "method,clip_i,clip_t,dino\nx,1\n", "needs the columns"),
+        ("a.csv", "method,clip_i,clip_t,dino\nx,1,2,\0\n", "needs the columns"),
         ("a.json", "{}", "not a scores.json"),
+        ("a.json", '{"methods": {"x": {"tags": [], "subjects": []}}}', "not a scores.json"),
         ("a.json", "[", "not a scores.json"),
     ],
 )
@@ -528,7 +651,8 @@ def scores(images, tmp_path) -> Path:
     """scores.json as evaluate.py writes it, for the images."""
     interval = {"mean": 0.5, "low": 0.4, "high": 0.6}
     entry = {"tags": {}, "images": 4, **dict.fromkeys(evaluate.METRICS, interval)}
-    entry["subjects"] = {name: dict.fromkeys(evaluate.METRICS, 0.25) for name in ("ball", "fish")}
+    names = ("ball", "fish", "moon", "star", "tree")  # as many as an interval needs
+    entry["subjects"] = {name: dict.fromkeys(evaluate.METRICS, 0.25) for name in names}
     methods = {"copies": entry | {"tags": {"w": 0.0}}, "noise": entry | {"tags": {"w": 0.5}}}
     file = tmp_path / "scores.json"
     file.write_text(json.dumps({"metrics": {"clip_model": "some clip"}, "methods": methods}))
@@ -561,6 +685,23 @@ def test_the_page_shows_table_plots_and_grids(scores, images, tmp_path):
     assert len(page.all("img", alt="reference 5 of fish")) == 1 and "some clip" in page.all("header")[0]["text"]
     plots = [plot["src"] for plot in page.all("img") if plot["src"].startswith("data:image/svg+xml")]
     assert len(plots) == 2 and plots[0] != plots[1]
+
+
+def test_the_page_tells_how_many_of_the_images_it_shows(scores, images, tmp_path):
+    shutil.copy(images / "noise" / "ball" / "0" / "0.jpg", images / "noise" / "ball" / "0" / "1.jpg")
+    assert "Shown: 8 of 9 images, 2 subjects" in write_report(scores, images, tmp_path / "a.html").all("header")[0][
+        "text"
+    ].replace("\n   ", "")
+
+
+def test_the_page_marks_a_method_with_fewer_subjects(scores, images, tmp_path):
+    written = json.loads(scores.read_text())
+    written["methods"]["noise"]["subjects"].pop("tree")
+    scores.write_text(json.dumps(written))
+    page = write_report(scores, images, tmp_path / "report.html")
+    rows = [row["text"].split() for row in page.all("tr")]
+    assert rows[1][:2] == ["copies", "4"] and rows[2][:3] == ["noise", "4", "†"]
+    assert any("noise has 4 of 5" in text["text"] for text in page.all("p"))
 
 
 def test_the_page_stands_alone(scores, images, tmp_path):

@@ -2,8 +2,12 @@
 """The first minutes of three newcomers: a hobbyist with phone photos, a diffusers user, a researcher."""
 
 import json
+import os
+import re
 import shlex
 import shutil
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -12,7 +16,7 @@ import tiny_pipelines
 import torch
 from huggingface_hub import errors
 from PIL import Image
-from runner import LORA_FILE, assert_equal, flags, lora, train, without
+from runner import LORA_FILE, ROOT, assert_equal, flags, lora, train, without
 
 import train_sap_lora_sd3 as sd3
 import train_sap_lora_sd15 as sap
@@ -37,7 +41,8 @@ COMMANDS = {
                    "--gradient_accumulation_steps=4 --validation_epochs=25 "
                    "--pretrained_model_name_or_path=playgroundai/playground-v2.5-1024px-aesthetic"),
     "sd3": (sd3, SHARED + "--instance_data_dir=dog --output_dir=trained-sd3-lora --resolution=512 "
-            "--learning_rate=4e-4 --validation_epochs=25 --pretrained_model_name_or_path=stabilityai/stable-diffusion-3-medium-diffusers"),
+            "--learning_rate=4e-4 --validation_epochs=25 "
+            "--pretrained_model_name_or_path=stabilityai/stable-diffusion-3-medium-diffusers"),
     "sd3, text encoders": (sd3, SHARED + '--dataset_name="Norod78/Yarn-art-style" --train_text_encoder --rank=32 '
                            '--instance_prompt="a photo of TOK yarn art dog" --optimizer="prodigy" --learning_rate=1.0 '
                            "--text_encoder_lr=1.0 --output_dir=trained-sd3-lora "
@@ -239,3 +244,13 @@ def test_the_finished_mark_names_the_step(sd15, photos, tmp_path):
     assert (state["format"], state["global_step"]) == (sap.STATE_FORMAT, 2)
     assert Image.MAX_IMAGE_PIXELS is not None  # reading pictures leaves Pillow's guard alone
     assert torch.is_grad_enabled()
+
+
+def test_nothing_foreign_is_said_before_our_first_line(sd15, photos, tmp_path):
+    command = [sys.executable, ROOT / f"{SCRIPT}.py", *flags(sd15, photos, tmp_path / "out")]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [line.split("\r")[-1] for line in result.stderr.splitlines() if not re.search(r"\d+%\||^\s*$", line)]
+    assert lines[0].startswith("Pictures: ")

@@ -20,28 +20,21 @@ from runner import LORA_FILE, ROOT, flags, lora, reset, without
 SD15, SDXL, SD3 = SCRIPTS = [f"train_sap_lora_{kind}" for kind in ("sd15", "sdxl", "sd3")]
 
 
-def run_script(script: str, arguments: list[str], monkeypatch=None) -> int:
+def run_script(script: str, arguments: list[str]) -> int:
     """Run a script as `python SCRIPT ...` does, to its last line, in this process; returns its exit status."""
     reset()
-    before, sys.argv = sys.argv, [f"{script}.py", *arguments]
+    before = sys.argv, sys.stdout, sys.stderr
+    sys.argv = [f"{script}.py", *arguments]
     try:
         runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
     except SystemExit as stopped:
         return stopped.code
     finally:
-        sys.argv = before
+        sys.argv, sys.stdout, sys.stderr = before
     return 0
 
 
 # ---- Bases: whole ones of the three kinds, and damaged ones ----
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory) -> dict[str, Path]:
-    """A tiny pipeline for each script."""
-    folder = tmp_path_factory.mktemp("bases")
-    saved = {SD15: tiny_pipelines.save_sd15, SDXL: tiny_pipelines.save_sdxl, SD3: tiny_pipelines.save_sd3}
-    return {script: save(folder / script) for script, save in saved.items()}
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +87,9 @@ BASE = "--pretrained_model_name_or_path"
 DAMAGES = {  # what happens to the base of SD1.5, and what the sentence says
     "no index": (remove("model_index.json"), "model_index.json"),
     "index of no JSON": (cut("model_index.json", 10), "model_index.json"),
+    "index without a VAE": (edited("model_index.json", vae=[None, None]), "without vae"),
+    "index without a denoiser": (edited("model_index.json", unet=[None, None]), "without unet"),
+    "index without a text encoder": (edited("model_index.json", text_encoder=[None, None]), "without text_encoder"),
     "no denoiser": (remove("unet"), "unet/config.json is missing"),
     "no weights": (remove(UNET), "unet holds no weights"),
     "no tokenizer": (remove("tokenizer"), "tokenizer/tokenizer_config.json is missing"),
@@ -105,14 +101,14 @@ DAMAGES = {  # what happens to the base of SD1.5, and what the sentence says
     "pickled denoiser": (pickled(UNET), "safetensors"),
     "pickled text encoder": (pickled("text_encoder/model.safetensors"), "safetensors"),
     "configuration of no JSON": (cut("unet/config.json", 10), "unet/config.json"),
-    "inpainting": (edited("unet/config.json", in_channels=9), "inpainting"),
+    "inpainting": (edited("unet/config.json", in_channels=9), "have 4 channels and the unet of"),
     "another denoiser": (edited("model_index.json", unet=["diffusers", "UNet3DConditionModel"]), "UNet3DCondition"),
     "only fp16 files": (renamed(UNET, UNET.replace("model.", "model.fp16.")), "--variant"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_base_is_refused_before_anything_is_loaded(name, bases, photos, tmp_path, capsys, monkeypatch):
+def test_a_damaged_base_is_refused_before_anything_is_loaded(name, bases, photos, tmp_path, capsys):
     damage, words = DAMAGES[name]
     shutil.copytree(bases[SD15], tmp_path / "base")
     damage(tmp_path / "base")
@@ -134,10 +130,10 @@ def only_sentence(err: str) -> str:
 # ---- The table: script, flags (a flag ending in "=" is left out), what the sentence names ----
 
 MISTAKES = [
-    (SD15, "--rank=0", "--rank must be at least 1"),
+    (SD15, "--rank=0", "--rank: must be at least 1, not '0'"),
     (SD15, "--rank=2.5", "--rank"),
     (SD15, "--max_train_steps=0", "--max_train_steps"),
-    (SD15, "--max_train_steps=many", "--max_train_steps"),
+    (SD15, "--max_train_steps=many", "--max_train_steps: must be at least 1, not 'many'"),
     (SD15, "--train_batch_size=0", "--train_batch_size"),
     (SD15, "--gradient_accumulation_steps=0", "--gradient_accumulation_steps"),
     (SD15, "--num_train_epochs=-1", "--num_train_epochs"),
@@ -147,32 +143,42 @@ MISTAKES = [
     (SD15, "--lr_power=nan", "--lr_power"),
     (SD15, "--lr_num_cycles=0", "--lr_num_cycles"),
     (SD15, "--lr_warmup_steps=-1", "--lr_warmup_steps"),
-    (SD15, "--lr_scheduler=piecewise_constant", "--lr_scheduler must be one of linear, cosine"),
-    (SD15, "--optimizer=sgd", "--optimizer must be AdamW or prodigy"),
+    (SD15, "--lr_scheduler=piecewise_constant", "--lr_scheduler: must be one of linear, cosine"),
+    (SD15, "--optimizer=sgd", "--optimizer: must be AdamW or prodigy"),
     (SD15, "--prodigy_beta3=2", "--prodigy_beta3"),
+    (SD15, "--prodigy_decouple=maybe", "--prodigy_decouple: invalid bool value"),
     (SD15, "--adam_beta1=1", "--adam_beta1"),
     (SD15, "--adam_epsilon=0", "--adam_epsilon"),
     (SD15, "--max_grad_norm=nan", "--max_grad_norm"),
     (SD15, "--seed=-1", "--seed"),
-    (SD15, "--seed=9223372036854775808", "--seed must be below 2**63"),
+    (SD15, "--seed=9223372036854775808", "--seed: must be at least 0 and below 2**63"),
     (SD15, "--mixed_precision=int8", "--mixed_precision"),
-    (SD15, "--resolution=500", "--resolution must be a multiple of 8"),
+    (SD15, "--resolution=500", "--resolution: must be a multiple of 8"),
     (SD15, "--aspect_ratio_buckets=64x64", '"h,w;h,w"'),
+    (SD15, "--aspect_ratio_buckets=64,60", '--aspect_ratio_buckets: must be "h,w;h,w" in multiples of 8'),
     (SD15, "--aspect_ratio_buckets=0,0", "--aspect_ratio_buckets"),
     (SD15, "--caption_dropout=1", "--caption_dropout"),
     (SD15, "--image_interpolation_mode=cubic", "--image_interpolation_mode"),
     (SD15, "--anchor_weight=-1", "--anchor_weight"),
+    (SD15, "--anchor_weight=nan", "--anchor_weight"),
+    (SD15, "--anchor_weight=half", "--anchor_weight"),
+    (SD15, "--anchor_source=ema", "--anchor_source"),
     (SD15, "--anchor_batch_size=0", "--anchor_batch_size"),
-    (SD15, "--class_prompt=", "--class_prompt"),
+    (SD15, "--class_prompt= --instance_prompt=dog", "the anchor needs a prompt for the class: --class_prompt"),
     (SD15, "--instance_prompt=", "--instance_prompt"),
     (SD15, "--class_token=dog", "--subject_token"),
     (SD15, "--class_prompt= --subject_token=zwx", '"a photo of sks dog" does not hold the word "zwx"'),
     (SD15, "--lora_alpha=0", "--lora_alpha"),
+    (SD15, "--lora_dropout=-.1", "--lora_dropout"),
     (SD15, "--lora_layers=to_k,,to_v", "--lora_layers"),
-    (SD15, "--lora_layers=nothing", "--lora_layers"),
+    (SD15, "--lora_layers=nothing", "--lora_layers: "),
     (SD15, "--lora_layers=norm1", "--lora_layers"),
+    (SD15, "--init_lora=/nowhere", "--init_lora /nowhere"),
     (SD15, "--snr_gamma=0", "--snr_gamma"),
-    (SD15, "--instance_data_dir=/nowhere", "--instance_data_dir: there is no folder /nowhere"),
+    (SD15, "--unmasked_weight=2", "--unmasked_weight: must be from 0 to 1"),
+    (SD15, "--alpha_mask --anchor_weight=0", "masks need the anchor"),
+    (SD15, "--alpha_mask", "--alpha_mask: the mask of 00.jpg: 100% of it is white"),
+    (SD15, "--instance_data_dir=/nowhere", "--instance_data_dir: must be a folder that is there, not '/nowhere'"),
     (SD15, "--instance_data_dir=", "either --instance_data_dir or --dataset_name"),
     (SD15, "--dataset_name=some/dataset", "either --instance_data_dir or --dataset_name"),
     (SD15, "--instance_data_dir= --dataset_name=/nowhere/at/all", "--dataset_name /nowhere/at/all"),
@@ -180,30 +186,32 @@ MISTAKES = [
     (SD15, f"{BASE}=nobody/nothing", f"{BASE} nobody/nothing"),
     (SD15, f"{BASE}={__file__}", "is a file"),
     (SD15, f"{BASE}=", f"{BASE}"),
-    (SD15, f"{BASE}={SDXL}", "SDXL and SD3 have scripts of their own"),
+    (SD15, f"{BASE}={SDXL}", "StableDiffusionXLPipeline with text_encoder_2: this script trains Stable Diffusion 1.x"),
     (SD15, f"{BASE}={SD3}", "SDXL and SD3 have scripts of their own"),
-    (SD15, "--variant=fp16", "--variant fp16"),
+    (SD15, "--variant=fp16", "--variant"),
     (SD15, "--tokenizer_name=/nowhere", "--tokenizer_name /nowhere"),
     (SD15, "--tokenizer_max_length=2", "--tokenizer_max_length"),
     (SD15, "--tokenizer_max_length=78", "--tokenizer_max_length 78: the text encoder reads 77"),
     (SD15, "--validation_images a.png", "--validation_images"),
+    (SD15, "--class_labels_conditioning=timesteps", "--class_labels_conditioning"),
     (SD15, "--train_text_encoder --pre_compute_text_embeddings", "--train_text_encoder"),
     (SD15, "--enable_xformers_memory_efficient_attention", "pip install xformers"),
     (SD15, "--num_validation_images=-1", "--num_validation_images"),
+    (SD15, "--validation_prompts_file=/nowhere", "--validation_prompts_file"),
     (SD15, "--checkpointing_steps=0", "--checkpointing_steps"),
     (SD15, "--checkpoints_total_limit=0", "--checkpoints_total_limit"),
     (SD15, "--resume_from_checkpoint=checkpoint-7", "--resume_from_checkpoint checkpoint-7"),
     (SD15, "--report_to=paper", "--report_to must be one of"),
     (SD15, "--report_to=clearml", "pip install clearml"),
+    (SD15, "--report_to=wandb --hub_token=secret", "--hub_token"),
     (SD15, f"--output_dir={__file__}", "--output_dir"),
     (SD15, "--push_to_hub --hub_model_id=a/b/c", "--hub_model_id"),
     (SD15, "--push_to_hub", "HF_HUB_OFFLINE"),
-    (SD15, "--prodigy_decouple=maybe", "--prodigy_decouple"),
-    (SD15, "--lerning_rate=1", "--lerning_rate"),
+    (SD15, "--lerning_rate=1", "--lerning_rate=1; did you mean --learning_rate?"),
     (SD15, "--do_edm_style_training", "--do_edm_style_training"),
-    (SDXL, f"{BASE}={SD15}", "this script trains Stable Diffusion XL"),
+    (SDXL, f"{BASE}={SD15}", "StableDiffusionPipeline without tokenizer_2, text_encoder_2: this script trains Stable"),
     (SDXL, f"{BASE}={SD3}", "this script trains Stable Diffusion XL"),
-    (SDXL, "--do_edm_style_training --snr_gamma=5", "--snr_gamma"),
+    (SDXL, "--do_edm_style_training --snr_gamma=5", "--snr_gamma cannot go with --do_edm_style_training"),
     (SDXL, "--pretrained_vae_model_name_or_path=/nowhere", "--pretrained_vae_model_name_or_path /nowhere"),
     (SDXL, f"--pretrained_vae_model_name_or_path={SD3}/vae", "the VAE's latents have 16 channels"),
     (SDXL, "--tokenizer_name=x", "--tokenizer_name"),
@@ -211,19 +219,22 @@ MISTAKES = [
     (SDXL, "--resolution=1023", "--resolution"),
     (SD3, f"{BASE}={SD15}", "this script trains Stable Diffusion 3"),
     (SD3, f"{BASE}={SDXL}", "this script trains Stable Diffusion 3"),
-    (SD3, "--resolution=520", "--resolution must be a multiple of 16"),
+    (SD3, "--resolution=520", "--resolution: must be a multiple of 16"),
     (SD3, "--resolution=528", "--resolution and --aspect_ratio_buckets: the base knows edges of 512 pixels at most"),
-    (SD3, "--max_sequence_length=513", "--max_sequence_length"),
+    (SD3, "--max_sequence_length=0", "--max_sequence_length: must be from 1 to 512"),
+    (SD3, "--max_sequence_length=513", "--max_sequence_length: must be from 1 to 512"),
     (SD3, "--logit_std=-1", "--logit_std"),
     (SD3, "--logit_mean=nan", "--logit_mean"),
     (SD3, "--mode_scale=inf", "--mode_scale"),
     (SD3, "--precondition_outputs=2", "--precondition_outputs"),
     (SD3, "--weighting_scheme=none", "--weighting_scheme"),
-    (SD3, "--lora_blocks=0,7", "--lora_blocks 0,7: the base has the blocks 0 to 1"),
-    (SD3, "--lora_blocks=first", "--lora_blocks"),
+    (SD3, "--lora_blocks=0,2", "--lora_blocks 0,2: the base has the blocks 0 to 1"),
+    (SD3, "--lora_blocks=0,x", "--lora_blocks"),
     (SD3, "--snr_gamma=5", "--snr_gamma"),
     (SD3, "--output_kohya_format", "--output_kohya_format"),
-    (SD3, "--lora_layers=nothing", "--lora_layers"),
+    (SD3, "--enable_xformers_memory_efficient_attention", "--enable_xformers_memory_efficient_attention"),
+    (SD3, "--lora_layers=to_nothing", "--lora_layers: "),
+    (SD3, "--lora_blocks=1 --lora_layers=to_add_out", "--lora_layers: "),
 ]
 
 
@@ -238,27 +249,29 @@ def test_a_mistake_ends_in_one_sentence_and_status_2(script, mistake, words, bas
     status = run_script(script, arguments)
     assert time.monotonic() - begun < 15
     assert status == 2
-    assert words in only_sentence(capsys.readouterr().err)
-    assert not list(tmp_path.glob("out/*"))
+    sentence = only_sentence(capsys.readouterr().err)
+    assert words in sentence
+    assert "secret" not in sentence
+    assert not list(tmp_path.glob("out/[!.]*"))
 
 
-EMPTY = ["instance_prompt", "class_prompt", "output_dir", "instance_data_dir", "resume_from_checkpoint", "revision"]
+EMPTY = ["instance_prompt", "class_prompt", "output_dir", "instance_data_dir", "resume_from_checkpoint", "revision",
+         "mask_dir", "validation_data_dir", "init_lora"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EMPTY)
-def test_an_empty_value_is_a_mistake(name, bases, photos, tmp_path, capsys):
+def test_an_empty_value_is_a_mistake(name, bases, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(photos)  # where an empty path would lead
     assert run_script(SD15, flags(bases[SD15], photos, tmp_path, f"--{name}=")) == 2
-    assert f"--{name} is empty" in only_sentence(capsys.readouterr().err)
+    assert f"argument --{name}: must be " in only_sentence(capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("launcher", [[], ["-m", "accelerate.commands.launch", "--quiet"]])
-def test_what_a_user_sees_of_a_mistake(launcher, bases, photos, tmp_path):
-    if launcher:
-        launcher = [*launcher, "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    arguments = flags(bases[SDXL], photos, tmp_path / "out")
-    command = [sys.executable, *launcher, str(ROOT / f"{SD15}.py"), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert result.returncode == (1 if launcher else 2)  # accelerate's own
+def test_what_a_user_sees_of_a_mistake(bases, photos, tmp_path):
+    launcher = ["--quiet", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    arguments = [f"{ROOT / SD15}.py", *flags(bases[SDXL], photos, tmp_path / "out")]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert result.returncode == 1  # accelerate's own
     assert f"{BASE} {bases[SDXL]} is a StableDiffusionXLPipeline" in only_sentence(result.stderr)
     assert result.stdout == ""
 
@@ -292,12 +305,14 @@ ANY = {
     "tokenizer_max_length": st.sampled_from([3, 20, 77, 90]), "max_sequence_length": st.sampled_from([1, 77, 300]),
     "weighting_scheme": st.sampled_from(["sigma_sqrt", "logit_normal", "mode", "cosmap"]),
     "logit_mean": st.floats(-100, 100), "logit_std": st.floats(0, 100), "mode_scale": st.floats(-2, 2),
-    "precondition_outputs": st.integers(0, 1), "lora_blocks": st.sampled_from(["0", "0,1", "2"]),
+    "unmasked_weight": st.floats(0, 1), "validation_guidance_scale": st.floats(0, 9),
+    "validation_inference_steps": st.integers(1, 3), "precondition_outputs": st.integers(0, 1),
+    "lora_blocks": st.sampled_from(["0", "0,1", "2"]),
 }  # fmt: skip
 SWITCHES = """center_crop random_flip cache_latents use_dora train_text_encoder gradient_checkpointing scale_lr
     allow_tf32 use_8bit_adam skip_final_inference output_kohya_format with_prior_preservation
-    text_encoder_use_attention_mask pre_compute_text_embeddings do_edm_style_training without_t5
-    upcast_before_saving""".split()
+    text_encoder_use_attention_mask pre_compute_text_embeddings do_edm_style_training without_t5 alpha_mask
+    upcast_before_saving use_aspect_ratio_buckets""".split()
 OF_ONE_SCRIPT = {
     SD15: {"tokenizer_max_length", "text_encoder_use_attention_mask", "pre_compute_text_embeddings"},
     SDXL: {"do_edm_style_training"},
@@ -321,7 +336,7 @@ def check_combination(script: str, base: Path, photos: Path, folder: Path, combi
     output = folder / "out"
     shutil.rmtree(output, ignore_errors=True)
     more = [f"--{name}={value}" for name, value in values.items()] + [f"--{name}" for name in switches]
-    arguments = flags(base, photos, output, "--num_validation_images=1", *more)
+    arguments = flags(base, photos, output, "--num_validation_images=1", "--validation_inference_steps=2", *more)
     if "num_train_epochs" in values:
         arguments = without(arguments, "--max_train_steps")
     if "subject_token" in values and "class_prompt" not in values:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import forks
 import pytest
-import tiny_pipelines
-from runner import assert_equal, flags, lora, without
+from runner import assert_equal, flags, left_in, lora, without
 
 STEPS = 6
 ACCUMULATED = ["--gradient_accumulation_steps=2", "--lora_dropout=0.1", "--lr_scheduler=cosine", "--lr_warmup_steps=1"]
@@ -22,14 +21,6 @@ KINDS = {
     "sd15, 2 processes, accumulation": ("sd15", 2, ACCUMULATED),
     "sd3, 2 processes, text encoders": ("sd3", 2, ["--train_text_encoder"]),
 }
-
-
-@pytest.fixture(scope="session")
-def bases(tmp_path_factory) -> dict[str, Path]:
-    """A tiny pipeline for each script, and the process that runs are forked of."""
-    forks.start_server()
-    folder = tmp_path_factory.mktemp("bases")
-    return {name: getattr(tiny_pipelines, f"save_{name}")(folder / name) for name in ("sd15", "sdxl", "sd3")}
 
 
 @dataclasses.dataclass
@@ -49,7 +40,7 @@ class Course:
     def finish(self) -> dict:
         """Run to the end; the LoRA."""
         assert set(self.start().wait()) == {0}, self.output.with_suffix(".log").read_text()
-        assert not [path.name for path in self.output.iterdir() if path.name.startswith(".")]
+        assert not [name for name in left_in(self.output) if name.startswith(".")]
         return lora(self.output)
 
     def undisturbed(self) -> None:
@@ -64,7 +55,8 @@ class Course:
 def kill_and_resume(kind: str, kills: int, bases: dict, photos: Path, output: Path) -> None:
     """Kill a run `kills` times at random moments, mostly in training, and resume it each time; compare at each end."""
     base, ranks, more = KINDS[kind]
-    arguments = flags(bases[base], photos, output, *more, *CHECKPOINTS, steps=STEPS)
+    forks.start_server()
+    arguments = flags(bases[f"train_sap_lora_{base}"], photos, output, *more, *CHECKPOINTS, steps=STEPS)
     arguments = without(arguments, "--center_crop") if "--random_flip" in more else arguments
     course = Course(f"train_sap_lora_{base}", arguments, ranks, output)
     course.undisturbed()

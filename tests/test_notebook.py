@@ -2,6 +2,7 @@
 """The Colab notebook, executed from its first cell to its last on the tiny world."""
 
 import zipfile
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -47,6 +48,27 @@ def test_it_trains_compares_and_exports(executed):
     assert any((lora["0"][key] != lora["0.5"][key]).any() for key in lora["0"])
     printed = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", []))
     assert "accelerate launch train_sap_lora_sd15.py" in printed
+
+
+def run_cells(*numbers, **values):
+    """The variables after some code cells, with other settings."""
+    notebook = with_parameters(nbformat.read(NOTEBOOK, as_version=4), **values)
+    variables = {"WORLD": ROOT / "examples" / "tiny_world", "Path": Path}
+    for number in (1, *numbers):
+        exec(notebook.cells[number].source, variables)
+    return variables
+
+
+@pytest.mark.parametrize(("name", "prompt"), [("elephant", "a photo of an elephant"), ("dog", "a photo of a dog")])
+def test_the_class_has_its_article(name, prompt):
+    words, _ = run_cells(7, CLASS_NAME=name)["command"](0.5)
+    assert f"--class_prompt={prompt}" in words
+
+
+def test_a_notebook_by_itself_asks_for_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="address of their git repository into REPOSITORY"):
+        run_cells(3)
 
 
 def test_it_is_committed_without_outputs_and_valid():

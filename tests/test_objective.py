@@ -13,9 +13,14 @@ import train_sap_lora_sd15 as sap
 
 def gradients(run) -> dict[str, torch.Tensor]:
     """Gradients of everything that trains, which are cleared."""
-    found = {name: p.grad.clone() for name, p in run.denoiser.named_parameters() if p.requires_grad}
-    run.denoiser.zero_grad()
+    found = {name: parameter.grad.clone() for name, parameter in run.student.trained().items()}
+    run.student.zero_grad()
     return found
+
+
+def predict(model, step, conditioning) -> torch.Tensor:
+    """What a denoiser says of a micro-step's noisy latents."""
+    return sap.denoise(model, step.model_input, step.timesteps, conditioning)
 
 
 @pytest.fixture
@@ -33,11 +38,10 @@ def test_gradient_is_that_of_the_blend_scaled(base, snr, weight, request, photos
     run = make_run("train_sap_lora_sd15", flags(request.getfixturevalue(base), photos, tmp_path, *more))[1]
     randomise_adapters(run)
     step, anchor = draw(sap, run)
-    student = sap.Student(run.denoiser)
-    sap.loss_terms(step, anchor, student, run.args)[0].backward()
+    sap.loss_terms(step, anchor, run.student, run.args)[0].backward()
     of_objective = gradients(run)
     step.target = (step.target + weight * anchor) / (1 + weight)
-    sap.loss_terms(step, None, student, run.args)[0].backward()
+    sap.loss_terms(step, None, run.student, run.args)[0].backward()
     of_blend = gradients(run)
     largest = max(gradient.abs().max() for gradient in of_objective.values())
     assert largest > 1e-4
@@ -56,8 +60,8 @@ def test_weights_of_samples_multiply_both_terms():
 
 def test_without_anchor_it_is_the_plain_loss(run):
     step, _ = draw(sap, run)
-    loss, reconstruction, distance = sap.loss_terms(step, None, sap.Student(run.denoiser), run.args)
-    prediction = sap.denoise(run.denoiser, step.model_input, step.timesteps, step.conditioning)
+    loss, reconstruction, distance = sap.loss_terms(step, None, run.student, run.args)
+    prediction = predict(run.student.denoiser, step, step.conditioning)
     assert torch.equal(loss, torch.nn.functional.mse_loss(prediction, step.target))
     assert torch.equal(loss, reconstruction)
     assert distance is None
@@ -92,26 +96,30 @@ def test_min_snr_weights(prediction_type):
 @pytest.mark.parametrize("more", [[], ["--use_dora"], ["--lora_dropout=0.5"], ["--mixed_precision=bf16"]])
 def test_anchor_equals_the_base_model_before_and_after_training(more, sd15, photos, tmp_path):
     run = make_run("train_sap_lora_sd15", flags(sd15, photos, tmp_path, "--train_batch_size=2", *more))[1]
-    base = UNet2DConditionModel.from_pretrained(sd15, subfolder="unet", dtype=run.dtype)
-    student = run.accelerator.prepare(sap.Student(run.denoiser))
-    optimizer = sap.make_optimizer(run)
+    dtype = torch.bfloat16 if "--mixed_precision=bf16" in more else torch.float32
+    base = UNet2DConditionModel.from_pretrained(sd15, subfolder="unet", dtype=dtype)
+    training = sap.start_training(run, None, 0)
     for index in range(3):
         step, anchor = draw(sap, run, index)
         with torch.no_grad(), run.accelerator.autocast():
-            expected = sap.denoise(base, step.model_input, step.timesteps, step.anchor_conditioning)
+            expected = predict(base, step, step.anchor_conditioning)
         assert torch.equal(anchor, expected)
-        sap.loss_terms(step, anchor, student, run.args)[0].backward()
-        optimizer.step()
+        sap.loss_terms(step, anchor, training.student, run.args)[0].backward()
+        training.optimizer.step()
     with torch.no_grad(), run.accelerator.autocast():
-        moved = sap.denoise(run.denoiser, step.model_input, step.timesteps, step.anchor_conditioning)
+        moved = predict(run.student.denoiser, step, step.anchor_conditioning)
     assert not torch.allclose(moved, expected, atol=1e-3)
 
 
-def test_anchor_of_the_finetuned_source_is_the_student_on_the_class_prompt(run):
+@pytest.mark.parametrize("more", [[], ["--lora_dropout=0.5"]])
+def test_anchor_of_the_finetuned_source_is_the_student_on_the_class_prompt(more, sd15, photos, tmp_path):
+    run = make_run("train_sap_lora_sd15", flags(sd15, photos, tmp_path, *more))[1]
+    randomise_adapters(run)
     step, pretrained = draw(sap, run)
     (finetuned,) = anchors_of(sap, run, [step], source="finetuned")
-    expected = sap.denoise(run.denoiser, step.model_input, step.timesteps, step.anchor_conditioning)
-    assert torch.equal(finetuned, expected)
+    assert run.student.denoiser.training
+    with sap.evaluating(run.student.denoiser):  # dropout is for what trains
+        assert torch.equal(finetuned, predict(run.student.denoiser, step, step.anchor_conditioning))
     assert not torch.allclose(finetuned, pretrained, atol=1e-3)
     assert not finetuned.requires_grad
 
@@ -155,49 +163,45 @@ def test_anchor_batch_size_changes_rounding_only(run):
 
 
 def test_frozen_adapter_weights_stay_frozen(run):
-    trainable = [p for p in run.denoiser.parameters() if p.requires_grad]
+    trainable = list(run.student.trained().values())
     trainable[0].requires_grad_(False)
-    with sap.adapters_disabled(run.denoiser):
-        inside = [p for p in run.denoiser.parameters() if p.requires_grad]
-    after = [p for p in run.denoiser.parameters() if p.requires_grad]
+    with sap.adapters_disabled(run.student.denoiser):
+        inside = list(run.student.trained().values())
+    after = list(run.student.trained().values())
     assert [id(p) for p in inside] == [id(p) for p in after] == [id(p) for p in trainable[1:]]
 
 
 def test_adapters_come_back_after_an_exception(run):
     step, _ = draw(sap, run)
-    before = sap.denoise(run.denoiser, step.model_input, step.timesteps, step.conditioning)
-    with pytest.raises(KeyError), sap.adapters_disabled(run.denoiser):
+    before = predict(run.student.denoiser, step, step.conditioning)
+    with pytest.raises(KeyError), sap.adapters_disabled(run.student.denoiser):
         raise KeyError
-    after = sap.denoise(run.denoiser, step.model_input, step.timesteps, step.conditioning)
+    after = predict(run.student.denoiser, step, step.conditioning)
     assert torch.equal(before, after)
     assert after.requires_grad
 
 
 def test_nested_use_leaves_the_outer_one_off(run):
     step, anchor = draw(sap, run)
-    with torch.no_grad(), sap.adapters_disabled(run.denoiser):
-        with sap.adapters_disabled(run.denoiser):
+    with torch.no_grad(), sap.adapters_disabled(run.student.denoiser):
+        with sap.adapters_disabled(run.student.adapters):  # the layers of it, collected before
             pass
-        assert torch.equal(
-            sap.denoise(run.denoiser, step.model_input, step.timesteps, step.anchor_conditioning), anchor
-        )
+        assert torch.equal(predict(run.student.denoiser, step, step.anchor_conditioning), anchor)
 
 
 def test_optimizer_has_all_adapters_even_if_made_inside(run):
-    with sap.adapters_disabled(run.denoiser):
+    with sap.adapters_disabled(run.student.denoiser):
         optimizer = sap.make_optimizer(run)
-    trainable = sum(p.requires_grad for p in run.denoiser.parameters())
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == trainable > 0
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(run.student.trained()) > 0
 
 
 def test_student_gets_gradients_after_the_anchor_with_and_without_checkpointing(run):
     step, anchor = draw(sap, run)
-    student = sap.Student(run.denoiser)
     found = []
     for _ in range(2):
-        sap.loss_terms(step, anchor, student, run.args)[0].backward()
+        sap.loss_terms(step, anchor, run.student, run.args)[0].backward()
         found.append(gradients(run))
-        run.denoiser.enable_gradient_checkpointing()
+        run.student.denoiser.enable_gradient_checkpointing()
     assert all(gradient.abs().max() > 0 for gradient in found[0].values())
     assert all(torch.allclose(found[0][name], found[1][name], atol=1e-7) for name in found[0])
 
@@ -207,14 +211,11 @@ def test_all_adapters_train_with_text_encoder_and_half_precision(source, sd15, p
     more = ["--train_text_encoder", "--mixed_precision=bf16", f"--anchor_source={source}"]
     run = make_run("train_sap_lora_sd15", flags(sd15, photos, tmp_path, *more))[1]
     randomise_adapters(run)
-    student = run.accelerator.prepare(sap.Student(run.denoiser, run.text_pipeline))
     step, _ = draw(sap, run)
     (anchor,) = anchors_of(sap, run, [step], source=source)
-    sap.loss_terms(step, anchor, student, run.args)[0].backward()
-    for module in run.adapted().values():
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                assert parameter.grad.abs().max() > 0, name
+    sap.loss_terms(step, anchor, run.accelerator.prepare(run.student), run.args)[0].backward()
+    assert {name.split(".")[0] for name in run.student.trained()} == {"denoiser", "text_encoders"}
+    assert [name for name, parameter in run.student.trained().items() if not parameter.grad.abs().max() > 0] == []
 
 
 class Block(nn.Module):

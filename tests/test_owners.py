@@ -19,12 +19,6 @@ SD15, SDXL, SD3 = SCRIPTS = [f"train_sap_lora_{kind}" for kind in ("sd15", "sdxl
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
-@pytest.fixture(scope="module")
-def bases(sd15, tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bases")
-    return {SD15: sd15, SDXL: tiny_pipelines.save_sdxl(folder / "sdxl"), SD3: tiny_pipelines.save_sd3(folder / "sd3")}
-
-
 # ---- Masks ----
 
 
@@ -85,8 +79,8 @@ def test_masks_reach_the_step_in_the_latents_own_size(script, bases, tmp_path):
 @every_script
 def test_masks_change_what_is_learned_and_random_crops_crop_them_too(script, bases, tmp_path):
     photos, masks = masked_photos(tmp_path)
-    of_runs = {"plain": [], "masked": [f"--mask_dir={masks}"], "all": [f"--mask_dir={masks}", "--unmasked_weight=1"]}
-    for name, more in of_runs.items():
+    flag = f"--mask_dir={masks}"
+    for name, more in {"plain": [], "masked": [flag], "all": [flag, "--unmasked_weight=1"]}.items():
         train(script, without(flags(bases[script], photos, tmp_path / name, *more), "--center_crop"))
     plain, masked, everything = (lora(tmp_path / name) for name in ("plain", "masked", "all"))
     assert any(not torch.allclose(plain[key], masked[key], atol=1e-4) for key in plain)

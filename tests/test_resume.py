@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runner import LORA_FILE, assert_equal, flags, lora, reset, train, without
-from safetensors.torch import load_file, save_file
+from filelock import FileLock
+from runner import LORA_FILE, assert_equal, flags, left_in, lora, make_run, train, without
 
 import train_sap_lora_sd15 as sap
 
@@ -18,74 +18,117 @@ OF_RUN = ["--train_text_encoder", "--gradient_accumulation_steps=2", "--lora_dro
           "--lr_scheduler=cosine", "--lr_warmup_steps=1", "--subject_token=sks"]  # fmt: skip
 
 
-def arguments(base, photos, output, *more: str, steps: int) -> list[str]:
+def arguments(base, photos, output, *more: str, steps: int = 5) -> list[str]:
     return without(flags(base, photos, output, *OF_RUN, *more, steps=steps), "--center_crop")
 
 
-def forget(checkpoint: Path, *names: str) -> None:
-    """Take fields out of a checkpoint's record."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    (checkpoint / "trainer_state.json").write_text(json.dumps({k: v for k, v in state.items() if k not in names}))
+def latest(base, photos, output, *more: str, steps: int = 5) -> list[str]:
+    return arguments(base, photos, output, "--resume_from_checkpoint=latest", *more, steps=steps)
+
+
+def change_state(checkpoint: Path, change) -> None:
+    """Rewrite a checkpoint's record, hashes included, as if its files had always been what they are."""
+    path = checkpoint / sap.STATE_FILE
+    state = json.loads(path.read_text())
+    state["files"] = {name: sap.fingerprint(checkpoint / name) for name in state["files"]}
+    change(state)
+    path.write_text(json.dumps(state))
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, in order."""
+    return [int(path.name.removeprefix("checkpoint-")) for path in sap.list_checkpoints(folder)]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(sd15, captioned, tmp_path_factory):
     """A run of 5 steps with checkpoints at 2 and 4: crops, mirrors, noise and dropout are all random."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
-    train(SCRIPT, arguments(sd15, captioned, output, "--checkpointing_steps=2", steps=5))
+    train(SCRIPT, arguments(sd15, captioned, output, "--checkpointing_steps=2"))
     return output
 
 
-@pytest.mark.parametrize("value", ["latest", "checkpoint-2", "{}/checkpoint-2", "{}/checkpoint-2/"])
-def test_a_resumed_run_is_the_same_run_bit_for_bit(value, undisturbed, sd15, captioned, tmp_path):
-    output = tmp_path / "out"
-    output.mkdir()
-    for step in (2, 4) if value == "latest" else (2,):
-        shutil.copytree(undisturbed / f"checkpoint-{step}", output / f"checkpoint-{step}")
+@pytest.fixture
+def stopped(undisturbed, tmp_path):
+    """A folder with the undisturbed run's first checkpoint alone."""
+    shutil.copytree(undisturbed / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
+    return tmp_path / "out"
+
+
+# ---- The same run, bit for bit ----
+
+
+@pytest.mark.parametrize("value", ["latest", "checkpoint-2", "{}/checkpoint-2/"])
+def test_a_resumed_run_is_the_same_run_bit_for_bit(value, undisturbed, stopped, sd15, captioned):
+    if value == "latest":
+        shutil.copytree(undisturbed / "checkpoint-4", stopped / "checkpoint-4")
     torch.manual_seed(12345)
-    more = [f"--resume_from_checkpoint={value.format(output)}"]
-    train(SCRIPT, arguments(sd15, captioned, output, *more, steps=5))
-    assert_equal(lora(output), lora(undisturbed))
+    train(SCRIPT, arguments(sd15, captioned, stopped, f"--resume_from_checkpoint={value.format(stopped)}"))
+    assert_equal(lora(stopped), lora(undisturbed))
 
 
-def test_resuming_finds_its_seed(sd15, photos, tmp_path, caplog):
-    without_seed = without(flags(sd15, photos, tmp_path, "--checkpointing_steps=1", steps=3), "--seed")
+def test_anchors_of_the_model_in_training_resume_bit_for_bit_with_dropout(sd15, photos, tmp_path):
+    more = ["--anchor_source=finetuned", "--lora_dropout=0.5", "--gradient_accumulation_steps=2"]
+    more += ["--checkpointing_steps=1", "--anchor_weight=2"]
+    train(SCRIPT, flags(sd15, photos, tmp_path / "whole", *more, steps=3))
+    more += [f"--resume_from_checkpoint={tmp_path}/whole/checkpoint-1"]
+    train(SCRIPT, flags(sd15, photos, tmp_path / "resumed", *more, steps=3))
+    assert_equal(lora(tmp_path / "resumed"), lora(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("optimizer", [["--optimizer=prodigy", "--learning_rate=1"], ["--use_8bit_adam"]])
+def test_other_optimizers_resume_bit_for_bit(optimizer, sd15, photos, tmp_path):
+    pytest.importorskip("prodigyopt" if "--learning_rate=1" in optimizer else "bitsandbytes")
+    more = [*optimizer, "--checkpointing_steps=2"]
+    train(SCRIPT, flags(sd15, photos, tmp_path / "whole", *more, steps=4))
+    more += [f"--resume_from_checkpoint={tmp_path}/whole/checkpoint-2"]
+    train(SCRIPT, flags(sd15, photos, tmp_path / "resumed", *more, steps=4))
+    assert_equal(lora(tmp_path / "resumed"), lora(tmp_path / "whole"))
+
+
+def test_resuming_finds_its_seed(sd15, photos, tmp_path):
+    without_seed = without(flags(sd15, photos, tmp_path, "--checkpointing_steps=1", steps=2), "--seed")
     train(SCRIPT, without_seed)
     whole = lora(tmp_path)
-    shutil.rmtree(tmp_path / "checkpoint-3")
-    shutil.rmtree(tmp_path / "checkpoint-2")
+    for name in left_in(tmp_path) - {"checkpoint-1"}:
+        shutil.rmtree(tmp_path / name) if (tmp_path / name).is_dir() else (tmp_path / name).unlink()
     train(SCRIPT, [*without_seed, "--resume_from_checkpoint=latest"])
     assert_equal(lora(tmp_path), whole)
-
-
-def test_runs_without_seed_differ(sd15, photos, tmp_path):
-    for name in ("one", "other"):
-        train(SCRIPT, without(flags(sd15, photos, tmp_path / name, steps=1), "--seed"))
-    one, other = lora(tmp_path / "one"), lora(tmp_path / "other")
-    assert any(not torch.equal(one[key], other[key]) for key in one)
+    train(SCRIPT, without_seed)  # a run without a seed draws another one
+    assert any(not torch.equal(tensor, whole[key]) for key, tensor in lora(tmp_path).items())
 
 
 def test_a_run_that_was_killed_after_its_last_step_still_gets_its_lora(sd15, photos, tmp_path, caplog):
-    arguments = flags(sd15, photos, tmp_path, "--checkpointing_steps=1", steps=1)
-    train(SCRIPT, arguments)
+    wanted = flags(sd15, photos, tmp_path, "--checkpointing_steps=1", "--resume_from_checkpoint=latest", steps=1)
+    train(SCRIPT, wanted)
     whole = lora(tmp_path)
     (tmp_path / LORA_FILE).unlink()
-    train(SCRIPT, [*arguments, "--resume_from_checkpoint=latest"])
+    train(SCRIPT, wanted)
     assert "already has 1 of 1 steps: nothing is left to train" in caplog.text
     assert_equal(lora(tmp_path), whole)
 
 
 def test_resuming_a_finished_run_says_so_without_a_model(sd15, photos, tmp_path, monkeypatch, caplog):
-    arguments = without(flags(sd15, photos, tmp_path, "--checkpointing_steps=2", steps=3), "--seed")
-    train(SCRIPT, arguments)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    wanted = without(flags(sd15, photos, tmp_path, "--checkpointing_steps=2", steps=3), "--seed")
+    wanted += ["--resume_from_checkpoint=latest"]
+    train(SCRIPT, wanted)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != ".lock"}
     with monkeypatch.context() as patched:
         patched.setattr(sap, "load_text_pipeline", None)
-        train(SCRIPT, [*arguments, "--resume_from_checkpoint=latest"])
+        train(SCRIPT, wanted)
     assert "holds the finished run of 3 steps" in caplog.text
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-    train(SCRIPT, [*arguments, "--resume_from_checkpoint=latest", "--max_train_steps=4"])
-    assert json.loads((tmp_path / "finished_run.json").read_text())["max_train_steps"] == 4
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != ".lock"} == before
+    train(SCRIPT, [*wanted, "--max_train_steps=4"])
+    assert json.loads((tmp_path / sap.FINISHED_FILE).read_text())["global_step"] == 4
+
+
+def test_a_step_beyond_the_end_of_the_run_is_refused(stopped, sd15, captioned):
+    change_state(stopped / "checkpoint-2", lambda state: state["run"].pop("--max_train_steps"))
+    with pytest.raises(sap.UsageError, match="checkpoint-2 is beyond --max_train_steps 1"):
+        train(SCRIPT, latest(sd15, captioned, stopped, steps=1))
+
+
+# ---- Which checkpoint ----
 
 
 def test_latest_without_a_checkpoint_starts_fresh(sd15, photos, tmp_path, caplog):
@@ -103,91 +146,58 @@ def test_a_checkpoint_that_is_not_there_is_named(value, sd15, photos, tmp_path):
         train(SCRIPT, flags(sd15, photos, tmp_path, f"--resume_from_checkpoint={value}"))
 
 
-@pytest.mark.parametrize(("limit", "kept"), [(1, {5}), (2, {4, 5}), (9, {1, 2, 3, 4, 5})])
+@pytest.mark.parametrize(("limit", "kept"), [(1, [5]), (2, [4, 5]), (9, [1, 2, 3, 4, 5])])
 def test_old_checkpoints_go_and_other_folders_stay(limit, kept, sd15, photos, tmp_path):
-    for name in ("checkpoints_old", "checkpoint-best", "checkpoint-900"):
+    others = {"checkpoints_old", "checkpoint-best"}
+    for name in others:
         (tmp_path / name).mkdir()
-        (tmp_path / name / "trainer_state.json").write_text("{}")
+        (tmp_path / name / sap.STATE_FILE).write_text("{}")
     more = ["--checkpointing_steps=1", f"--checkpoints_total_limit={limit}"]
     train(SCRIPT, flags(sd15, photos, tmp_path, *more, steps=5))
-    found = {path.name for path in tmp_path.iterdir() if "checkpoint" in path.name}
-    assert found == {f"checkpoint-{step}" for step in kept} | {"checkpoints_old", "checkpoint-best", "checkpoint-900"}
+    assert {name for name in left_in(tmp_path) if "checkpoint" in name} == {f"checkpoint-{i}" for i in kept} | others
+    assert steps_in(tmp_path) == kept
 
 
-def test_a_checkpoint_is_complete_before_it_has_its_name_and_before_old_ones_go(sd15, photos, tmp_path, monkeypatch):
-    def cut_off(source, target):
-        raise KeyboardInterrupt
-
-    more = ["--checkpointing_steps=1", "--checkpoints_total_limit=1"]
-    arguments = flags(sd15, photos, tmp_path, *more, steps=2)
-    train(SCRIPT, flags(sd15, photos, tmp_path, *more, steps=1))
-    monkeypatch.setattr(sap, "write_lora", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        train(SCRIPT, [*arguments, "--resume_from_checkpoint=latest"])
-    assert list(sap.list_checkpoints(tmp_path)) == [1]
-    monkeypatch.undo()
-    train(SCRIPT, [*arguments, "--resume_from_checkpoint=latest"])
-    assert list(sap.list_checkpoints(tmp_path)) == [2]
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+def test_a_number_that_no_run_writes_is_no_checkpoint(stopped):
+    shutil.copytree(stopped / "checkpoint-2", stopped / "checkpoint-007")
+    assert steps_in(stopped) == [2]
 
 
-def test_a_second_run_replaces_the_checkpoints_of_the_first(sd15, photos, tmp_path):
-    arguments = flags(sd15, photos, tmp_path, "--checkpointing_steps=1", steps=1)
-    train(SCRIPT, arguments)
-    train(SCRIPT, [*arguments, "--seed=5"])
-    assert json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())["seed"] == 5
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+def test_checkpoints_of_another_run_are_moved_out_of_the_way(stopped, undisturbed, sd15, captioned, caplog):
+    for number in (1, 2):
+        train(SCRIPT, arguments(sd15, captioned, stopped, "--checkpointing_steps=2", f"--seed={number}", steps=2))
+        assert (
+            f"checkpoint-2 is of another run, or damaged: it was moved into {stopped / f'earlier-{number}'}"
+            in caplog.text
+        )
+    assert_equal(lora(stopped / "earlier-1" / "checkpoint-2"), lora(undisturbed / "checkpoint-2"))
+    seeds = [json.loads((stopped / folder / "checkpoint-2" / sap.STATE_FILE).read_text())["seed"]
+             for folder in ("earlier-1", "earlier-2", ".")]  # fmt: skip
+    assert seeds == [0, 1, 2]
+    train(SCRIPT, arguments(sd15, captioned, stopped, "--checkpointing_steps=2", "--seed=2", steps=2))
+    assert not (stopped / "earlier-3").exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda tensors: tensors.pop(next(iter(tensors))), "other layers or another rank"),
-        (
-            lambda tensors: tensors.update({"unet.extra.lora.up.weight": torch.zeros(1)}),
-            "other layers or another rank",
-        ),
-        (lambda tensors: tensors.update({"prior.extra": torch.zeros(1)}), "does not train prior.extra"),
-    ],
-)
-def test_every_tensor_of_a_checkpoint_must_be_used(change, reason, undisturbed, sd15, captioned, tmp_path):
-    checkpoint = tmp_path / "checkpoint-2"
-    shutil.copytree(undisturbed / "checkpoint-2", checkpoint)
-    tensors = load_file(checkpoint / LORA_FILE)
-    change(tensors)
-    save_file(tensors, checkpoint / LORA_FILE)
-    forget(checkpoint, "files")
-    with pytest.raises(sap.UsageError, match=reason):
-        train(SCRIPT, arguments(sd15, captioned, tmp_path, "--resume_from_checkpoint=latest", steps=5))
+@pytest.mark.parametrize("name", [sap.TRAINING_FILE, sap.STATE_FILE, LORA_FILE])
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_a_damaged_checkpoint_is_skipped(zeroed, name, stopped, undisturbed, sd15, captioned, caplog):
+    damaged = stopped / "checkpoint-4"
+    shutil.copytree(undisturbed / "checkpoint-4", damaged)
+    content = (damaged / name).read_bytes()
+    (damaged / name).write_bytes(content[:500].ljust(len(content) if zeroed else 500, b"\0"))
+    path, state = sap.find_checkpoint(sap.parse_args(latest(sd15, captioned, stopped)))
+    assert (path, state["global_step"]) == (stopped / "checkpoint-2", 2)
+    assert f"{damaged} is not complete, or damaged: it is skipped" in caplog.text
 
 
-def test_a_text_encoder_that_no_longer_trains_is_not_forgotten_silently(undisturbed, sd15, captioned, tmp_path):
-    shutil.copytree(undisturbed / "checkpoint-2", tmp_path / "checkpoint-2")
-    more = without(arguments(sd15, captioned, tmp_path, steps=5), "--train_text_encoder")
-    with pytest.raises(sap.UsageError, match="--train_text_encoder was True, is False"):
-        train(SCRIPT, [*more, "--resume_from_checkpoint=latest"])
-    forget(tmp_path / "checkpoint-2", "settings")
-    with pytest.raises(sap.UsageError, match="does not train text_encoder"):
-        train(SCRIPT, [*more, "--resume_from_checkpoint=latest"])
+@pytest.mark.parametrize("value", ["latest", "checkpoint-2"])
+def test_a_checkpoint_of_an_older_format_is_refused(value, stopped, sd15, captioned):
+    change_state(stopped / "checkpoint-2", lambda state: state.pop("format"))
+    with pytest.raises(sap.UsageError, match=f"--resume_from_checkpoint {value}: .*format 1, and this script reads 2"):
+        train(SCRIPT, arguments(sd15, captioned, stopped, f"--resume_from_checkpoint={value}"))
 
 
-def test_checkpoints_of_older_transformers_are_read(undisturbed, sd15, captioned, tmp_path):
-    keys = [key for key in lora(undisturbed) if key.startswith("text_encoder.")]
-    assert all("text_model." in key for key in keys)
-    checkpoint = tmp_path / "checkpoint-4"
-    shutil.copytree(undisturbed / "checkpoint-4", checkpoint)
-    tensors = {key.replace("text_model.", ""): tensor for key, tensor in load_file(checkpoint / LORA_FILE).items()}
-    save_file(tensors, checkpoint / LORA_FILE)
-    forget(checkpoint, "files", "settings")
-    train(SCRIPT, arguments(sd15, captioned, tmp_path, "--resume_from_checkpoint=latest", steps=5))
-    assert_equal(lora(tmp_path), lora(undisturbed))
-
-
-@pytest.fixture
-def stopped(undisturbed, tmp_path):
-    """A folder with the undisturbed run's first checkpoint alone."""
-    shutil.copytree(undisturbed / "checkpoint-2", tmp_path / "out" / "checkpoint-2")
-    return tmp_path / "out"
+# ---- What makes two runs the same ----
 
 
 @pytest.mark.parametrize(
@@ -201,7 +211,7 @@ def stopped(undisturbed, tmp_path):
         ("--anchor_source=finetuned", "pretrained"),
         ("--seed=7", "0"),
         ("--rank=2", "4"),
-        ("--lora_alpha=1", "None"),
+        ("--lora_alpha=1", "4"),
         ("--lora_layers=to_k", "None"),
         ("--train_batch_size=2", "1"),
         ("--gradient_accumulation_steps=1", "2"),
@@ -215,17 +225,20 @@ def stopped(undisturbed, tmp_path):
     ],
 )
 def test_another_run_does_not_go_on_from_a_checkpoint(flag, was, stopped, sd15, captioned):
-    more = ["--resume_from_checkpoint=latest", flag]
     with pytest.raises(sap.UsageError, match=f"is of another run: .*{flag.split('=')[0]} was {was}, is "):
-        train(SCRIPT, arguments(sd15, captioned, stopped, *more, steps=5))
+        train(SCRIPT, latest(sd15, captioned, stopped, flag))
+
+
+@pytest.mark.parametrize("flag", ["--train_text_encoder", "--random_flip"])
+def test_a_switch_that_is_left_out_makes_another_run(flag, stopped, sd15, captioned):
+    with pytest.raises(sap.UsageError, match=f"{flag} was True, is False"):
+        train(SCRIPT, without(latest(sd15, captioned, stopped), flag))
 
 
 def test_another_number_of_processes_is_explained(stopped, sd15, captioned):
-    state = json.loads((stopped / "checkpoint-2" / "trainer_state.json").read_text())
-    state["settings"]["num_processes"] = 4
-    (stopped / "checkpoint-2" / "trainer_state.json").write_text(json.dumps(state))
-    with pytest.raises(sap.UsageError, match="trained by 4 processes, this run has 1: a step would see 1 batches"):
-        train(SCRIPT, arguments(sd15, captioned, stopped, "--resume_from_checkpoint=latest", steps=5))
+    change_state(stopped / "checkpoint-2", lambda state: state["run"].update({"--num_processes": 4}))
+    with pytest.raises(sap.UsageError, match="is of another run: --num_processes was 4, is 1"):
+        train(SCRIPT, latest(sd15, captioned, stopped))
 
 
 def replace_picture(folder: Path) -> None:
@@ -244,89 +257,68 @@ def add_picture(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (replace_picture, "00.jpg is another picture"),
-        (change_caption, "the captions of 01.jpg were .*snow.*, are .*rain"),
-        (add_picture, "the pictures were .*02.jpg, 03.jpg.*, are .*02.jpg, 02b.jpg, 03.jpg"),
+        (replace_picture, "the content of 00.jpg was"),
+        (change_caption, "the captions of 01.jpg was .*snow.*, is .*rain"),
+        (add_picture, "the pictures was .*02.jpg', '03.jpg.*, is .*02.jpg', '02b.jpg', '03.jpg"),
     ],
 )
 def test_other_pictures_or_captions_do_not_go_on_from_a_checkpoint(change, reason, stopped, sd15, captioned, tmp_path):
     shutil.copytree(captioned, tmp_path / "photos")
     change(tmp_path / "photos")
     with pytest.raises(sap.UsageError, match=reason):
-        train(SCRIPT, arguments(sd15, tmp_path / "photos", stopped, "--resume_from_checkpoint=latest", steps=5))
+        train(SCRIPT, latest(sd15, tmp_path / "photos", stopped))
+
+
+def test_another_base_does_not_go_on_from_a_checkpoint(stopped, sd21, captioned):
+    with pytest.raises(sap.UsageError, match="--pretrained_model_name_or_path was a folder with the content"):
+        train(SCRIPT, latest(sd21, captioned, stopped))
 
 
 def test_what_does_not_change_the_result_may_change(stopped, undisturbed, sd15, captioned, tmp_path):
     for source, name in ((sd15, "base"), (captioned, "photos")):
         shutil.copytree(source, tmp_path / name)
-    more = ["--resume_from_checkpoint=latest", "--checkpointing_steps=1", "--output_kohya_format"]
-    train(SCRIPT, arguments(tmp_path / "base", tmp_path / "photos", stopped, *more, steps=5))
+    more = ["--checkpointing_steps=1", "--output_kohya_format", "--class_prompt=a photo of a dog"]
+    train(SCRIPT, latest(tmp_path / "base", tmp_path / "photos", stopped, *more))
     assert_equal(lora(stopped), lora(undisturbed))
 
 
-def test_another_base_does_not_go_on_from_a_checkpoint(stopped, sd21, captioned):
-    with pytest.raises(sap.UsageError, match="--pretrained_model_name_or_path was a folder with the content"):
-        train(SCRIPT, arguments(sd21, captioned, stopped, "--resume_from_checkpoint=latest", steps=5))
+def test_a_derived_class_prompt_may_be_written_out(sd15, photos, tmp_path):
+    derived = without(flags(sd15, photos, tmp_path, "--checkpointing_steps=1", steps=1), "--class_prompt")
+    train(SCRIPT, derived)
+    said = ["--class_prompt=a photo of a dog", "--resume_from_checkpoint=latest", "--max_train_steps=2"]
+    train(SCRIPT, [*derived, *said])
+    assert steps_in(tmp_path) == [1, 2]
 
 
-def test_a_checkpoint_without_a_record_is_used_with_a_warning(stopped, undisturbed, sd15, captioned, caplog):
-    forget(stopped / "checkpoint-2", "settings", "pictures", "files", "max_train_steps")
-    train(SCRIPT, arguments(sd15, captioned, stopped, "--resume_from_checkpoint=latest", steps=5))
-    assert "does not record its settings" in caplog.text
-    assert_equal(lora(stopped), lora(undisturbed))
+# ---- What is read from one ----
 
 
-@pytest.mark.parametrize("name", ["optimizer.bin", "trainer_state.json", LORA_FILE])
-def test_a_checkpoint_that_was_cut_short_is_skipped(name, stopped, undisturbed, sd15, captioned, caplog):
-    shutil.copytree(undisturbed / "checkpoint-4", stopped / "checkpoint-4")
-    content = (stopped / "checkpoint-4" / name).read_bytes()
-    (stopped / "checkpoint-4" / name).write_bytes(content[: len(content) // 2])
-    reset()
-    more = ["--resume_from_checkpoint=latest"]
-    args = sap.parse_args(arguments(sd15, captioned, stopped, *more, steps=5))
-    assert sap.find_checkpoint(args, sap.start_accelerator(args)) == stopped / "checkpoint-2"
-    assert f"{stopped / 'checkpoint-4'} is not complete: it is skipped" in caplog.text
+@pytest.fixture(scope="module")
+def begun(sd15, captioned, tmp_path_factory):
+    """The undisturbed run before its first step."""
+    run = make_run(SCRIPT, arguments(sd15, captioned, tmp_path_factory.mktemp("run")))[1]
+    return run, sap.start_training(run, None, 0)
 
 
-@pytest.mark.parametrize("moment", ["of the old one", "of the new one", "after both"])
-def test_a_checkpoint_that_replaces_another_is_never_lost(moment, stopped, sd15, captioned, monkeypatch):
-    final = stopped / "checkpoint-2"
-    shutil.copytree(final, stopped / ".checkpoint-2.partial")
-    (stopped / ".checkpoint-2.partial" / "new").touch()
-    calls = []
-
-    def dies(real):
-        def call(*paths, **options):
-            calls.append(real)
-            if calls == [*before, real]:
-                raise KeyboardInterrupt
-            return real(*paths, **options)
-
-        return call
-
-    replace, remove = sap.os.replace, sap.shutil.rmtree
-    before = {
-        "of the old one": [remove],
-        "of the new one": [remove, replace],
-        "after both": [remove, replace, replace],
-    }
-    before = before[moment]
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(sap.os, "replace", dies(replace))
-        patched.setattr(sap.shutil, "rmtree", dies(remove))
-        sap.publish(stopped / ".checkpoint-2.partial", final)
-    sap.tidy_checkpoints(stopped)
-    assert list(sap.list_checkpoints(stopped)) == [2]
-    assert (final / "new").exists()
-    assert [path.name for path in stopped.iterdir()] == ["checkpoint-2"]
+CHANGES = {
+    "a tensor is missing": lambda state, name: state["parameters"].pop(name),
+    "one too many": lambda state, name: state["parameters"].update(extra=torch.zeros(1)),
+    "another shape": lambda state, name: state["parameters"].update({name: torch.zeros(2, 2)}),
+    "another precision": lambda state, name: state["parameters"].update({name: state["parameters"][name].half()}),
+    "no optimizer": lambda state, name: state.pop("optimizer"),
+    "optimizer of fewer tensors": lambda state, name: state["optimizer"]["param_groups"].pop(),
+}
 
 
-def test_a_checkpoint_that_was_moved_aside_comes_back(stopped, caplog):
-    (stopped / "checkpoint-2").rename(stopped / ".checkpoint-2.old")
-    (stopped / ".checkpoint-2.partial").mkdir()
-    sap.tidy_checkpoints(stopped)
-    assert [path.name for path in stopped.iterdir()] == ["checkpoint-2"]
-    assert "checkpoint-2 was not complete when the last run ended: it is skipped" in caplog.text
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_training_state_that_does_not_fit_is_refused(change, begun, stopped):
+    path = stopped / "checkpoint-2" / sap.TRAINING_FILE
+    sap.load_checkpoint(*begun, path.parent)
+    state = torch.load(path, weights_only=True)
+    CHANGES[change](state, next(iter(state["parameters"])))
+    torch.save(state, path)
+    with pytest.raises(sap.UsageError, match=f"--resume_from_checkpoint {path.parent}: {path.name} is refused"):
+        sap.load_checkpoint(*begun, path.parent)
 
 
 class Hostile:
@@ -339,16 +331,101 @@ class Hostile:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("name", ["optimizer.bin", "scheduler.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"])
-@pytest.mark.parametrize("with_record", [True, False])
-def test_a_pickle_that_would_run_code_is_refused(name, with_record, stopped, sd15, captioned, tmp_path):
-    checkpoint = stopped / "checkpoint-2"
-    (checkpoint / name).write_bytes(pickle.dumps(Hostile(tmp_path / "ran")))
-    forget(checkpoint, *([] if with_record else ["files", "settings"]))
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    if with_record and name in state["files"]:
-        state["files"][name] = (checkpoint / name).stat().st_size
-        (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    with pytest.raises(sap.UsageError, match=f"--resume_from_checkpoint .*{name} is refused"):
-        train(SCRIPT, arguments(sd15, captioned, stopped, "--resume_from_checkpoint=latest", steps=5))
+@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_a_training_state_that_would_run_code_is_refused(save, stopped, sd15, captioned, tmp_path):
+    save({"parameters": Hostile(tmp_path / "ran")}, stopped / "checkpoint-2" / sap.TRAINING_FILE)
+    change_state(stopped / "checkpoint-2", lambda state: None)
+    with pytest.raises(sap.UsageError, match=f"{sap.TRAINING_FILE} is refused"):
+        train(SCRIPT, latest(sd15, captioned, stopped))
     assert not (tmp_path / "ran").exists()
+
+
+# ---- How one is written ----
+
+
+def test_a_checkpoint_is_complete_before_it_has_its_name_and_before_old_ones_go(sd15, photos, tmp_path, monkeypatch):
+    def cut_off(source, target):
+        raise KeyboardInterrupt
+
+    more = ["--checkpointing_steps=1", "--checkpoints_total_limit=1", "--resume_from_checkpoint=latest"]
+    train(SCRIPT, flags(sd15, photos, tmp_path, *more, steps=1))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(sap, "write_lora", cut_off)
+        train(SCRIPT, flags(sd15, photos, tmp_path, *more, steps=2))
+    assert steps_in(tmp_path) == [1]
+    train(SCRIPT, flags(sd15, photos, tmp_path, *more, steps=2))
+    assert steps_in(tmp_path) == [2]
+    assert not [name for name in left_in(tmp_path) if name.startswith(".")]
+
+
+def test_all_that_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events, replace = [], sap.os.replace
+    monkeypatch.setattr(sap.os, "fsync", lambda number: events.append(Path(f"/proc/self/fd/{number}").resolve().name))
+    monkeypatch.setattr(sap.os, "replace", lambda source, target: (events.append("renamed"), replace(source, target)))
+    with sap.replacing(tmp_path / "checkpoint-1") as partial:
+        partial.mkdir()
+        (partial / "one").write_text("1")
+        (partial / "other").write_text("2")
+    assert sorted(events[:3]) == [".checkpoint-1.partial", "one", "other"]
+    assert events[3:] == ["renamed", tmp_path.name]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", range(4))
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_replaces_another_is_never_lost(kind, moment, tmp_path, monkeypatch):
+    """The process dies when it renames or removes something for the first time, the second time and so on."""
+
+    def write(path: Path, text: str) -> None:
+        if kind == "folder":
+            path.mkdir()
+        (path if kind == "file" else path / "text").write_text(text)
+
+    def read(path: Path) -> str:
+        return (path if kind == "file" else path / "text").read_text()
+
+    calls = []
+
+    def dying(real):
+        def call(*arguments, **options):
+            calls.append(real)
+            if len(calls) > moment:
+                raise Killed
+            return real(*arguments, **options)
+
+        return call
+
+    final = tmp_path / "checkpoint-2"
+    write(final, "old")
+    with monkeypatch.context() as patched:
+        patched.setattr(sap.os, "replace", dying(sap.os.replace))
+        patched.setattr(sap.shutil, "rmtree", dying(sap.shutil.rmtree))
+        patched.setattr(sap, "tidy", lambda path, tidy=sap.tidy: len(calls) > moment or tidy(path))
+        try:
+            with sap.replacing(final) as partial:
+                write(partial, "new")
+        except Killed:
+            assert moment < 3
+    with sap.locked(tmp_path):  # as the next run begins
+        pass
+    sap.tidy(final)
+    assert read(final) == ("old" if moment < (1 if kind == "file" else 2) else "new")
+    assert left_in(tmp_path) == {"checkpoint-2"}
+
+
+def test_a_checkpoint_that_was_moved_aside_comes_back(stopped):
+    (stopped / "checkpoint-2").rename(stopped / ".checkpoint-2.old")
+    (stopped / ".checkpoint-2.partial").mkdir()
+    with sap.locked(stopped):
+        assert left_in(stopped) == {"checkpoint-2"}
+    assert sap.read_state(stopped / "checkpoint-2" / sap.STATE_FILE)
+
+
+def test_a_folder_that_another_run_writes_into_is_refused(sd15, photos, tmp_path):
+    with FileLock(tmp_path / ".lock"), pytest.raises(sap.UsageError, match="another run writes into it"):
+        train(SCRIPT, flags(sd15, photos, tmp_path))
+    assert left_in(tmp_path) == set()
+    train(SCRIPT, flags(sd15, photos, tmp_path, steps=1))

@@ -2,6 +2,7 @@
 """What happens to a run that is stopped, killed or goes wrong: nothing is lost, and the reason is said."""
 
 import importlib
+import itertools
 import os
 import signal
 import threading
@@ -12,7 +13,7 @@ import forks
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from runner import LORA_FILE, ROOT, assert_equal, flags, launch, lora, train
+from runner import LORA_FILE, ROOT, assert_equal, flags, launch, left_in, lora, make_run, train, without
 from safetensors.torch import load_file
 
 import train_sap_lora_sd15 as sap
@@ -33,7 +34,8 @@ def undisturbed(sd15, photos, tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def usual_handlers():
     """Python's own signal handlers, whatever a test before left in this process."""
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    usual = dict.fromkeys([signal.SIGTERM, signal.SIGHUP], signal.SIG_DFL)
+    usual[signal.SIGINT] = signal.default_int_handler
     before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
     for number, handler in before.items():
@@ -55,23 +57,24 @@ def send_at(monkeypatch, micro_step: int, *numbers: int) -> None:
 
 @pytest.mark.parametrize(
     ("number", "micro_step", "kept"),
-    [(signal.SIGTERM, 3, 2), (signal.SIGINT, 4, 2), (signal.SIGTERM, 1, 1), (signal.SIGINT, 7, 4)],
+    [(signal.SIGTERM, 3, 2), (signal.SIGINT, 4, 2), (signal.SIGHUP, 1, 1), (signal.SIGINT, 7, 4)],
 )
 def test_a_run_that_is_asked_to_stop_goes_on_later(
     number, micro_step, kept, undisturbed, sd15, photos, tmp_path, monkeypatch, caplog
 ):
     arguments = flags(sd15, photos, tmp_path, *ACCUMULATED, steps=4)
-    handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
         send_at(patched, micro_step, number)
         train(SCRIPT, arguments)
     assert stopped.value.code == 128 + number
-    assert handlers == [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
-    assert (
-        f"{number.name}: stopped after step {kept} of 4. To go on, add --resume_from_checkpoint latest" in caplog.text
-    )
-    assert list(sap.list_checkpoints(tmp_path)) == [kept]
-    assert_equal(lora(tmp_path), lora(tmp_path / f"checkpoint-{kept}"))
+    assert handlers == [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    said = f"{number.name}: stopped after step {kept} of 4. To go on, add --resume_from_checkpoint latest to the same"
+    assert said in caplog.text
+    assert f"Written: {tmp_path / LORA_FILE}" in caplog.text
+    (checkpoint,) = sap.list_checkpoints(tmp_path)
+    assert checkpoint.name == f"checkpoint-{kept}"
+    assert_equal(lora(tmp_path), lora(checkpoint))
     train(SCRIPT, [*arguments, "--resume_from_checkpoint=latest"])
     assert_equal(lora(tmp_path), lora(undisturbed))
 
@@ -81,15 +84,16 @@ def test_a_stop_before_the_first_step_is_done_leaves_nothing(sd15, photos, tmp_p
     with pytest.raises(SystemExit, match="143"):
         train(SCRIPT, flags(sd15, photos, tmp_path, *ACCUMULATED))
     assert "stopped after step 0 of 2" in caplog.text
-    assert list(tmp_path.iterdir()) == []
+    assert left_in(tmp_path) == set()
 
 
-def test_a_second_signal_stops_at_once(sd15, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(sap.time, "monotonic", iter(range(0, 1000, 10)).__next__)
+def test_a_second_signal_stops_at_once(sd15, photos, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sap.time, "monotonic", itertools.count(0, 10).__next__)
     send_at(monkeypatch, 1, signal.SIGINT, signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         train(SCRIPT, flags(sd15, photos, tmp_path))
-    assert list(tmp_path.iterdir()) == []
+    assert "SIGINT: stopped at once" in caplog.text
+    assert left_in(tmp_path) == {"metrics.jsonl"}
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -100,9 +104,27 @@ def test_a_launcher_that_passes_a_signal_on_does_not_stop_at_once(sd15, photos, 
     assert lora(tmp_path)
 
 
+@pytest.mark.parametrize("writes", ["write_lora", "write_kohya_lora"])
+def test_a_stop_while_the_result_is_written_waits_for_it(writes, sd15, photos, tmp_path, monkeypatch, caplog):
+    real = getattr(sap, writes)
+    monkeypatch.setattr(sap, writes, lambda *rest: (signal.raise_signal(signal.SIGTERM), real(*rest)))
+    with pytest.raises(SystemExit, match="143"):
+        train(SCRIPT, flags(sd15, photos, tmp_path, "--output_kohya_format"))
+    assert "SIGTERM: stopped after step 2 of 2" in caplog.text
+    assert left_in(tmp_path) == {LORA_FILE, sap.KOHYA_FILE, "metrics.jsonl"}
+
+
+def test_a_terminal_that_closes_does_not_matter_under_nohup(sd15, photos, tmp_path, monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    send_at(monkeypatch, 0, signal.SIGHUP)
+    train(SCRIPT, flags(sd15, photos, tmp_path))
+    assert (tmp_path / sap.FINISHED_FILE).is_file()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
 @pytest.mark.parametrize("pictures", [0, 1])
 def test_a_stop_does_not_wait_for_all_pictures(pictures, sd15, photos, tmp_path, monkeypatch):
-    made, sample, begin = [], sap.StableDiffusionPipeline.__call__, sap.sampling_pipeline
+    made, sample, begin = [], sap.PIPELINE_CLASS.__call__, sap.sampling_scheduler
 
     def stop_after(number: int) -> None:
         if number == pictures:
@@ -117,8 +139,8 @@ def test_a_stop_does_not_wait_for_all_pictures(pictures, sd15, photos, tmp_path,
         stop_after(0)
         return begin(run)
 
-    monkeypatch.setattr(sap.StableDiffusionPipeline, "__call__", sampled)
-    monkeypatch.setattr(sap, "sampling_pipeline", begun)
+    monkeypatch.setattr(sap.PIPELINE_CLASS, "__call__", sampled)
+    monkeypatch.setattr(sap, "sampling_scheduler", begun)
     more = ["--validation_prompt=a dog", "--validation_steps=1", "--report_to=tensorboard"]
     with pytest.raises(SystemExit, match="143"):
         train(SCRIPT, flags(sd15, photos, tmp_path, *more))
@@ -126,12 +148,12 @@ def test_a_stop_does_not_wait_for_all_pictures(pictures, sd15, photos, tmp_path,
     assert lora(tmp_path)
 
 
-@pytest.mark.parametrize("stage", ["load_subject_images", "load_vae", "finish"])
+@pytest.mark.parametrize("stage", ["SubjectImages", "encode_images", "finish"])
 def test_a_signal_outside_of_training_stops_at_once(stage, sd15, photos, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(sap, stage, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit, match="143"):
         train(SCRIPT, flags(sd15, photos, tmp_path))
-    assert "SIGTERM: stopped, not in training" in caplog.text
+    assert "SIGTERM: stopped at once, nothing more is kept" in caplog.text
 
 
 def test_training_in_a_thread_leaves_signals_alone(sd15, photos, tmp_path):
@@ -141,66 +163,65 @@ def test_training_in_a_thread_leaves_signals_alone(sd15, photos, tmp_path):
     assert lora(tmp_path)
 
 
-def test_a_stop_reaches_a_run_whose_pictures_other_processes_prepare(sd15, photos, tmp_path, monkeypatch):
-    loss_terms = sap.loss_terms
-
-    def disturbed(step, *rest):
-        if step.index == 1:
-            for worker in sap.torch.multiprocessing.active_children():
-                os.kill(worker.pid, signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss_terms(step, *rest)
-
-    monkeypatch.setattr(sap, "loss_terms", disturbed)
-    more = ["--dataloader_num_workers=1", "--resolution=32"]
-    arguments = [one for one in flags(sd15, photos, tmp_path, *more, steps=4) if one != "--center_crop"]
+def test_a_stop_reaches_a_run_whose_pictures_threads_prepare(sd15, photos, tmp_path, monkeypatch):
+    send_at(monkeypatch, 1, signal.SIGTERM)
+    arguments = flags(sd15, photos, tmp_path, "--dataloader_num_workers=2", "--resolution=32", steps=4)
     with pytest.raises(SystemExit, match="143"):
-        train(SCRIPT, arguments)
-    assert list(sap.list_checkpoints(tmp_path)) == [2]
+        train(SCRIPT, without(arguments, "--center_crop"))
+    assert left_in(tmp_path) == {LORA_FILE, "checkpoint-2", "metrics.jsonl"}
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_explained(sd15, photos, tmp_path, monkeypatch):
-    drawn, loss_terms = {}, sap.loss_terms
-    draw = sap.MicroStepSampler.__iter__
-
-    def remembered(sampler):
-        for batch in draw(sampler):
-            drawn[len(drawn)] = f"{batch[0][0]:02d}.jpg"
-            yield batch
+    loss_terms = sap.loss_terms
 
     def overflowing(step, *rest):
         factor = float("nan") if step.index == 3 else 1.0
         return [None if term is None else factor * term for term in loss_terms(step, *rest)]
 
-    monkeypatch.setattr(sap.MicroStepSampler, "__iter__", remembered)
-    monkeypatch.setattr(sap, "loss_terms", overflowing)
     train(SCRIPT, flags(sd15, photos, tmp_path, steps=1))
-    before, drawn = (tmp_path / LORA_FILE).read_bytes(), {}
-    with pytest.raises(FloatingPointError) as error:
-        train(SCRIPT, flags(sd15, photos, tmp_path, "--checkpointing_steps=1", steps=5))
+    before = (tmp_path / LORA_FILE).read_bytes()
+    monkeypatch.setattr(sap, "loss_terms", overflowing)
+    arguments = flags(sd15, photos, tmp_path, "--checkpointing_steps=1", steps=5)
+    with pytest.raises(sap.RunError) as error:
+        train(SCRIPT, arguments)
+    (((picture, _),),) = sap.SubjectImages(sap.parse_args(arguments)).draws(0, 1, 3, 4)
     for part in (
-        "the loss of step 4 is nan",
-        f"with {drawn[3]}",
+        f"the loss of step 4 is nan, with {picture:02d}.jpg",
         "--learning_rate 0.01",
-        "checkpoint-3 is the last one",
+        "checkpoints: checkpoint-1, checkpoint-2, checkpoint-3",
     ):
         assert part in str(error.value)
-    assert list(sap.list_checkpoints(tmp_path)) == [1, 2, 3]
     assert (tmp_path / LORA_FILE).read_bytes() == before
+
+
+def test_steps_that_fp16_skips_leave_the_schedule_and_end_a_run_that_has_no_others(sd15, photos, tmp_path):
+    run = make_run(SCRIPT, flags(sd15, photos, tmp_path, steps=50))[1]
+    training = sap.start_training(run, None, 0)
+    training.optimizer = types.SimpleNamespace(step_was_skipped=True)
+    for _ in range(29):
+        sap.count_skipped(run, training)
+    assert (training.skipped, training.lr_scheduler.last_epoch) == (29, 0)
+    training.optimizer.step_was_skipped = False
+    sap.count_skipped(run, training)
+    assert (training.skipped, training.lr_scheduler.last_epoch) == (0, 1)
+    training.optimizer.step_was_skipped = True
+    with pytest.raises(sap.RunError, match="the gradients of 30 steps in a row overflowed"):
+        for _ in range(30):
+            sap.count_skipped(run, training)
 
 
 @pytest.mark.parametrize("more", [[], ["--checkpointing_steps=2"]])
 def test_weights_that_are_not_finite_reach_no_file(more, sd15, photos, tmp_path, monkeypatch):
     def poisoned(run, *rest):
-        next(p for p in run.denoiser.parameters() if p.requires_grad).data.fill_(float("inf"))
+        next(iter(run.student.trained().values())).data.fill_(float("inf"))
 
     train(SCRIPT, flags(sd15, photos, tmp_path, "--output_kohya_format", steps=1))
     before = {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
-    monkeypatch.setattr(sap, "log_step", poisoned)
-    with pytest.raises(FloatingPointError, match="the LoRA of unet is no longer finite.* there is no checkpoint"):
+    monkeypatch.setattr(sap, "log_steps", poisoned)
+    with pytest.raises(sap.RunError, match="the LoRA of unet is no longer finite.*checkpoints: none"):
         train(SCRIPT, flags(sd15, photos, tmp_path, "--output_kohya_format", *more, steps=2))
     assert {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")} == before
-    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert [name for name in left_in(tmp_path) if name.startswith(".")] == []
 
 
 def test_a_vae_that_overflows_is_found_before_training(sd15, photos, tmp_path, monkeypatch):
@@ -213,17 +234,22 @@ def test_a_vae_that_overflows_is_found_before_training(sd15, photos, tmp_path, m
         train(SCRIPT, flags(sd15, photos, tmp_path))
 
 
-def test_three_processes_agree_and_draw_different_noise(sd15, photos, tmp_path):
+@pytest.mark.parametrize(("script", "ranks"), list(zip(SCRIPTS, (3, 2, 2), strict=True)))
+def test_processes_agree_and_draw_different_noise(script, ranks, bases, photos, tmp_path):
     forks.start_server()
     log, more = tmp_path / "run.log", ["--train_text_encoder", "--gradient_accumulation_steps=2"]
-    codes = forks.Forked(SCRIPT, flags(sd15, photos, tmp_path / "out", *more, steps=3), log, ranks=3).wait()
-    assert codes == [0, 0, 0], log.read_text()
-    ends = [load_file(tmp_path / f"run-{rank}.safetensors") for rank in range(3)]
+    arguments = flags(bases[script], photos, tmp_path / "out", *more, steps=3)
+    assert forks.Forked(script, arguments, log, ranks).wait() == [0] * ranks, log.read_text()
+    ends = [load_file(tmp_path / f"run-{rank}.safetensors") for rank in range(ranks)]
     targets = torch.cat([end.pop("targets") for end in ends])
     for other in ends[1:]:
         assert_equal(ends[0], other)
-    assert len(targets) >= 3 * 3 * 2
+    moved = {key.split(".")[0] for key, tensor in ends[0].items() if "lora_B" in key and tensor.any()}
+    module = importlib.import_module(script)
+    assert moved == {module.DENOISER, *module.TRAINABLE_TEXT_ENCODERS}
+    assert len(targets) >= ranks * 3 * 2
     assert len(targets.flatten(1).unique(dim=0)) == len(targets)
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_rank_that_crashes_ends_all_and_says_why(sd15, photos, tmp_path):
@@ -242,7 +268,7 @@ def test_a_rank_that_crashes_ends_all_and_says_why(sd15, photos, tmp_path):
     )
     with pytest.raises(AssertionError, match="MemoryError: no room on the second device"):
         launch(str(probe.with_suffix("")), flags(sd15, photos, tmp_path / "out", steps=50), ranks=2)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert left_in(tmp_path / "out") == {"metrics.jsonl"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

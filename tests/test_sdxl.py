@@ -23,12 +23,25 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image, ImageOps
-from runner import LORA_FILE, ROOT, assert_equal, draw, flags, launch, lora, make_run, randomise_adapters, train
+from runner import (
+    LORA_FILE,
+    anchors_of,
+    assert_equal,
+    draw,
+    flags,
+    items_of,
+    left_in,
+    lora,
+    make_run,
+    randomise_adapters,
+    train,
+    without,
+)
+from safetensors.torch import load_file
 
 import train_sap_lora_sdxl as sap
 
 SCRIPT = "train_sap_lora_sdxl"
-KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 PROMPT = "a photo of sks dog"
 BASES = {
     "eps": {},
@@ -57,7 +70,7 @@ def wide(tmp_path_factory):
 
 
 def random_crops(*arguments) -> list[str]:
-    return [flag for flag in flags(*arguments) if flag != "--center_crop"]
+    return without(flags(*arguments), "--center_crop")
 
 
 def load_pipeline(base, folder=None, name=LORA_FILE) -> StableDiffusionXLPipeline:
@@ -81,60 +94,29 @@ def picture_of_run(run, prompt=PROMPT) -> np.ndarray:
     return np.asarray(sap.sample_images(run, prompt, num_inference_steps=2)[0]).astype(float)
 
 
-def items_of(run) -> list[dict]:
-    """The samples of the first micro-step."""
-    sampler = sap.MicroStepSampler(run.images, run.args, 0, 1)
-    sampler.stop = 1
-    return [run.images[one] for one in next(iter(sampler))]
-
-
 def predict(run, step) -> torch.Tensor:
     with torch.no_grad():
-        student = sap.Student(run.denoiser, run.text_pipeline)
-        return student(step.model_input, step.timesteps, step.conditioning, step.prompts)
+        return run.student(step.model_input, step.timesteps, step.conditioning, step.prompts)
 
 
-# ---- Runs through the launcher ----
-
-
-def test_a_whole_run(bases, captioned, tmp_path):
+def test_a_whole_run(bases, captioned, tmp_path, caplog):
     more = ["--validation_prompt=sks dog in the snow", "--num_validation_images=1", "--validation_epochs=1",
             "--checkpointing_steps=2", "--output_kohya_format", "--report_to=tensorboard",
             "--subject_token=sks", "--class_token="]  # fmt: skip
-    result = launch(SCRIPT, flags(bases["eps"], captioned, tmp_path / "out", *more))
-    found = {path.name for path in (tmp_path / "out").iterdir()}
-    assert found == {LORA_FILE, KOHYA_FILE, "README.md", "image_0.png", "logs", "checkpoint-2", sap.FINISHED_FILE}
+    train(SCRIPT, flags(bases["eps"], captioned, tmp_path / "out", *more))
+    assert left_in(tmp_path / "out") == {
+        LORA_FILE, sap.KOHYA_FILE, "README.md", "image_0.png", "validation", "logs", "metrics.jsonl", "checkpoint-2",
+        sap.FINISHED_FILE,
+    }  # fmt: skip
     assert list((tmp_path / "out" / "logs" / "dreambooth-lora-sd-xl").glob("events*"))
-    assert all(key.startswith("unet.") and ".lora." in key for key in lora(tmp_path / "out"))
+    assert all(key.startswith("unet.") and ".lora_" in key for key in lora(tmp_path / "out"))
     plain, adapted = load_pipeline(bases["eps"]), load_pipeline(bases["eps"], tmp_path / "out")
     assert np.abs(picture(plain) - picture(adapted)).max() > 2
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: openrail++" in card
     assert "- stable-diffusion-xl\n" in card
     assert "import StableDiffusionXLPipeline" in card
-    assert "with 5 captions" in result.stderr
-
-
-def test_two_ranks_agree_where_text_encoders_train(bases, photos, tmp_path):
-    probe = tmp_path / "probe.py"
-    probe.write_text(
-        "import sys, torch, pathlib\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import train_sap_lora_sdxl as sap\n"
-        "finish = sap.finish\n"
-        "def end(run, *rest):\n"
-        f"    folder = pathlib.Path({str(tmp_path)!r})\n"
-        "    torch.save(sap.lora_layers(run), folder / f'{run.accelerator.process_index}.pt')\n"
-        "    finish(run, *rest)\n"
-        "sap.finish = end\n"
-        "sap.main(sap.parse_args())\n"
-    )
-    more = ["--train_text_encoder", "--gradient_accumulation_steps=2"]
-    launch(str(probe.with_suffix("")), flags(bases["eps"], photos, tmp_path / "out", *more, steps=3), ranks=2)
-    one, other = (torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in (0, 1))
-    for name in ("unet", "text_encoder", "text_encoder_2"):
-        assert_equal(one[name], other[name])
-        assert any(tensor.abs().max() > 0 for key, tensor in one[name].items() if "lora_B" in key), name
+    assert "with 5 captions" in caplog.text
 
 
 # ---- Noise, v and EDM ----
@@ -146,12 +128,11 @@ def test_gradient_is_that_of_the_blend_scaled(base, more, bases, photos, tmp_pat
         SCRIPT, flags(bases[base], photos, tmp_path, "--train_batch_size=2", "--anchor_weight=0.7", *more)
     )
     randomise_adapters(run)
-    student = sap.Student(run.denoiser)
-    adapters = [parameter for parameter in run.denoiser.parameters() if parameter.requires_grad]
+    adapters = list(run.student.trained().values())
     step, anchor = draw(sap, run)
-    of_objective = torch.autograd.grad(sap.loss_terms(step, anchor, student, run.args)[0], adapters)
+    of_objective = torch.autograd.grad(sap.loss_terms(step, anchor, run.student, run.args)[0], adapters)
     step.target = (step.target + 0.7 * sap.to_target_space(anchor, step)) / 1.7
-    of_blend = torch.autograd.grad(sap.loss_terms(step, None, student, run.args)[0], adapters)
+    of_blend = torch.autograd.grad(sap.loss_terms(step, None, run.student, run.args)[0], adapters)
     largest = max(gradient.abs().max() for gradient in of_objective)
     assert largest > 1e-4
     for one, other in zip(of_objective, of_blend, strict=True):
@@ -163,7 +144,7 @@ def test_gradient_is_that_of_the_blend_scaled(base, more, bases, photos, tmp_pat
 def test_a_student_that_says_what_the_anchor_says_has_no_anchor_term(base, more, precision, bases, photos, tmp_path):
     more = ["--train_batch_size=2", f"--mixed_precision={precision}", *more]
     _, run = make_run(SCRIPT, flags(bases[base], photos, tmp_path, *more))
-    student = run.accelerator.prepare(sap.Student(run.denoiser))  # a new LoRA does nothing
+    student = run.accelerator.prepare(run.student)  # a new LoRA does nothing
     step, anchor = draw(sap, run)
     _, reconstruction, distance = sap.loss_terms(step, anchor, student, run.args)
     assert distance > 1e-6 * reconstruction
@@ -188,7 +169,10 @@ def test_edm_denoises_as_the_sampler_does(base, more, bases, photos, tmp_path):
             expected = sampler.step(prediction[i], time, noisy).pred_original_sample
         assert torch.allclose(denoised[i], expected, rtol=1e-4, atol=1e-5 * noisy.abs().max().item())
         sigma = sampler.sigmas[index]
-        assert step.sample_weights[i].item() == pytest.approx(sigma.item() ** -2, rel=1e-5)
+        c_out = sigma  # of an ordinary base: the weight makes its error one of the noise
+        if isinstance(sampler, sap.EDM_SCHEDULERS):
+            c_out = sampler.precondition_outputs(torch.zeros(()), torch.ones(()), sigma)
+        assert step.sample_weights[i].item() == pytest.approx(c_out.item() ** -2, rel=1e-5)
         assert ((noisy - step.target[i]) / sigma).std().item() == pytest.approx(1, abs=0.25)
 
 
@@ -198,7 +182,7 @@ def test_edm_training_of_an_ordinary_base_is_its_own_loss(base, bases, photos, t
     more = ["--train_batch_size=2", "--do_edm_style_training"]
     _, run = make_run(SCRIPT, flags(bases[base], photos, tmp_path, *more))
     step, _ = draw(sap, run)
-    prediction = sap.denoise(run.denoiser, step.model_input, step.timesteps, step.conditioning)
+    prediction = sap.denoise(run.student.denoiser, step.model_input, step.timesteps, step.conditioning)
     process = DDPMScheduler.from_config(run.scheduler.config)
     timesteps = step.timesteps.long()
     noise = (step.noisy_latents - step.target) * step.sample_weights**0.5
@@ -207,7 +191,7 @@ def test_edm_training_of_an_ordinary_base_is_its_own_loss(base, bases, photos, t
     expected = (noise - prediction) ** 2
     if base == "v":
         expected = alphas * (process.get_velocity(step.target, noise, timesteps) - prediction) ** 2
-    loss = sap.loss_terms(step, None, sap.Student(run.denoiser), run.args)[0]
+    loss = sap.loss_terms(step, None, run.student, run.args)[0]
     assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-3)
 
 
@@ -218,7 +202,7 @@ def test_v_prediction(bases, photos, tmp_path):
     latents = alphas**0.5 * step.noisy_latents - (1 - alphas) ** 0.5 * step.target
     (item,) = items_of(run)
     posterior = run.posteriors[item["index"], False]
-    mean = posterior.chunk(2, dim=1)[0] * run.vae_config["scaling_factor"]
+    mean = posterior.chunk(2, dim=1)[0] * run.vae.config.scaling_factor
     assert torch.allclose(latents, mean, atol=0.3)
     assert not torch.allclose(step.target, mean, atol=0.3)
 
@@ -226,8 +210,9 @@ def test_v_prediction(bases, photos, tmp_path):
 @pytest.mark.parametrize(("base", "more"), PROCESSES[1:])
 def test_every_process_trains_and_draws(base, more, bases, photos, tmp_path):
     more = [*more, "--validation_prompt=sks", "--num_validation_images=1", "--mixed_precision=bf16"]
+    more += ["--validation_inference_steps=3"]
     train(SCRIPT, flags(bases[base], photos, tmp_path, *more, steps=3))
-    assert any(tensor.abs().max() > 0.01 for key, tensor in lora(tmp_path).items() if ".up." in key)
+    assert any(tensor.abs().max() > 0.01 for key, tensor in lora(tmp_path).items() if "lora_B" in key)
     assert np.asarray(Image.open(tmp_path / "image_0.png")).std() > 1  # not black
 
 
@@ -308,11 +293,8 @@ def test_a_change_of_one_sample_reaches_that_sample_alone(change, more, bases, w
     after = sap.draw_micro_step(run, 0, items)
     assert torch.equal(before.model_input, after.model_input)
     of_students = (predict(run, after) - predict(run, before)).abs().amax(dim=(1, 2, 3))
-    of_anchors = [
-        sap.predict_anchors(run.denoiser, sap.denoise, [(one.model_input, one.timesteps, one.anchor_conditioning)])[0]
-        for one in (before, after)
-    ]
-    of_anchors = (of_anchors[1] - of_anchors[0]).abs().amax(dim=(1, 2, 3))
+    anchors = [anchors_of(sap, run, [one])[0] for one in (before, after)]
+    of_anchors = (anchors[1] - anchors[0]).abs().amax(dim=(1, 2, 3))
     assert of_students[0] == of_anchors[0] == 0
     assert (of_students[1] > 1e-5) == ("anchor_prompt" not in change)
     assert (of_anchors[1] > 1e-5) == ("prompt" not in change)
@@ -322,7 +304,7 @@ def test_a_change_of_one_sample_reaches_that_sample_alone(change, more, bases, w
 @pytest.mark.parametrize("centering", [(0.0, 0.5), (0.25, 0.0), (1.0, 1.0)])
 def test_time_ids_say_where_the_crop_lies(centering, flipped, bases, wide, tmp_path):
     args = sap.parse_args(random_crops(bases["eps"], wide, tmp_path, "--aspect_ratio_buckets=64,64", "--random_flip"))
-    images = sap.load_subject_images(args)
+    images = sap.SubjectImages(args)
     item = {"index": 1, "flipped": flipped, "centering": centering}
     height, width, top, left, *target = sap.size_conditioning(images, [item])[0].int().tolist()
     assert (height, width, target) == (100, 150, [64, 64])
@@ -349,14 +331,14 @@ def test_a_dropped_caption_is_what_the_sampler_takes_for_none(bases, photos, tmp
     _, run = make_run(SCRIPT, flags(bases["eps"], photos, tmp_path, "--caption_dropout=0.5", "--train_text_encoder"))
     names = ("encoder_hidden_states", "text_embeds")
     assert all(run.embeddings[""][name].abs().max() == 0 for name in names)
-    both = sap.encode_prompts(run.text_pipeline, ["", PROMPT], run.device)
-    alone = sap.encode_prompts(run.text_pipeline, [PROMPT], run.device)
+    both = sap.encode_prompts(run.student.text_pipeline, ["", PROMPT], run.device)
+    alone = sap.encode_prompts(run.student.text_pipeline, [PROMPT], run.device)
     for name in names:
         assert both[name][0].abs().max() == 0
         assert torch.allclose(both[name][1], alone[name][0], atol=1e-5)
         assert both[name].requires_grad
-    run.text_pipeline.register_to_config(force_zeros_for_empty_prompt=False)
-    for name, tensor in sap.encode_prompts(run.text_pipeline, [""], run.device).items():
+    run.student.text_pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+    for name, tensor in sap.encode_prompts(run.student.text_pipeline, [""], run.device).items():
         assert tensor.abs().max() > 0.1, name
 
 
@@ -366,7 +348,7 @@ def test_a_dropped_caption_is_what_the_sampler_takes_for_none(bases, photos, tmp
 def test_both_text_encoders_train(bases, photos, tmp_path):
     train(SCRIPT, flags(bases["eps"], photos, tmp_path, "--train_text_encoder"))
     moved = {
-        key.split(".lora")[0] for key, tensor in lora(tmp_path).items() if ".up." in key and tensor.abs().max() > 0
+        key.split(".lora")[0] for key, tensor in lora(tmp_path).items() if "lora_B" in key and tensor.abs().max() > 0
     }
     layers = {key.split(".self_attn")[0] for key in moved if key.startswith("text_encoder")}
     # SDXL reads the last layer but one of both; the last one of the second gives the pooled embedding.
@@ -390,21 +372,21 @@ def test_anchors_come_from_text_encoders_as_they_were(bases, captioned, tmp_path
 def test_text_encoders_are_gone_before_the_unet_is_loaded(bases, photos, tmp_path, monkeypatch):
     encoders, alive, load_text_pipeline, load_denoiser = [], [], sap.load_text_pipeline, sap.load_denoiser
 
-    def load_text(run):
-        pipeline = load_text_pipeline(run)
+    def load_text(*arguments):
+        pipeline = load_text_pipeline(*arguments)
         encoders[:] = [weakref.ref(pipeline.text_encoder), weakref.ref(pipeline.text_encoder_2)]
         return pipeline
 
-    def load_unet(run):
+    def load_unet(*arguments):
         gc.collect()
         alive[:] = [reference() is not None for reference in encoders]
-        load_denoiser(run)
+        return load_denoiser(*arguments)
 
     monkeypatch.setattr(sap, "load_text_pipeline", load_text)
     monkeypatch.setattr(sap, "load_denoiser", load_unet)
-    train(SCRIPT, flags(bases["eps"], photos, tmp_path / "plain", "--validation_prompt=sks", "--skip_final_inference"))
+    make_run(SCRIPT, flags(bases["eps"], photos, tmp_path / "plain", "--validation_prompt=sks"))
     assert alive == [False, False]
-    train(SCRIPT, flags(bases["eps"], photos, tmp_path / "both", "--train_text_encoder", steps=1))
+    make_run(SCRIPT, flags(bases["eps"], photos, tmp_path / "both", "--train_text_encoder"))
     assert alive == [True, True]
 
 
@@ -412,8 +394,8 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(bases, captioned, tmp_path):
     more = ["--train_text_encoder", "--gradient_accumulation_steps=2", "--lora_dropout=0.2", "--random_flip",
             "--subject_token=sks", "--do_edm_style_training"]  # fmt: skip
     for name in ("whole", "resumed"):
-        arguments = flags(bases["eps"], captioned, tmp_path / name, *more, "--checkpointing_steps=2", steps=3)
-        arguments = [flag for flag in arguments if flag != "--center_crop"]
+        arguments = [*more, "--checkpointing_steps=2", "--max_train_steps=3"]
+        arguments = random_crops(bases["eps"], captioned, tmp_path / name, *arguments)
         if name == "resumed":
             shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / name / "checkpoint-2")
             torch.manual_seed(12345)
@@ -448,25 +430,24 @@ def test_another_vae_is_loaded_without_the_revision_and_variant_of_the_base(base
         of_base = original(bases["eps"], subfolder="vae").encode(pixels).latent_dist.parameters
     assert torch.allclose(run.posteriors[0, False], expected, atol=1e-5)
     assert not torch.allclose(run.posteriors[0, False], of_base, atol=0.1)
-    assert run.vae_config["scaling_factor"] == 0.2
-    train(SCRIPT, flags(base, photos, tmp_path / "out", *more, "--validation_prompt=sks", steps=1))
+    assert run.vae.config.scaling_factor == 0.2
+    train(
+        SCRIPT,
+        flags(
+            base, photos, tmp_path / "out", *more, "--validation_prompt=sks", "--validation_inference_steps=2", steps=1
+        ),
+    )
     assert (tmp_path / "out" / "image_0.png").is_file()
-
-
-def test_a_vae_that_is_not_there_is_named(bases, photos, tmp_path):
-    with pytest.raises(sap.UsageError, match="--pretrained_vae_model_name_or_path .*/nowhere is no folder"):
-        more = [f"--pretrained_vae_model_name_or_path={tmp_path}/nowhere"]
-        train(SCRIPT, flags(bases["eps"], photos, tmp_path / "out", *more))
 
 
 @pytest.mark.parametrize("base", ["eps", "playground"])
 def test_latents_are_scaled_and_brought_back(base, bases, photos, tmp_path):
     _, run = make_run(SCRIPT, flags(bases[base], photos, tmp_path))
-    config = run.vae_config
-    assert (config["latents_mean"] is not None) == (base == "playground")
+    config = run.vae.config
+    assert (config.latents_mean is not None) == (base == "playground")
     posteriors = torch.cat(list(run.posteriors.values())).chunk(2, dim=1)[0]
-    scaled = sap.scale_latents(posteriors, config)
-    assert torch.allclose(sap.unscale_latents(scaled, config), posteriors, atol=1e-5)
+    scaled = sap.scale_latents(posteriors, run.vae)
+    assert torch.allclose(sap.scale_latents(scaled, run.vae, inverse=True), posteriors, atol=1e-5)
     for channel in range(4):
         mean, std = (config[name][channel] if base == "playground" else default
                      for name, default in (("latents_mean", 0), ("latents_std", 1)))  # fmt: skip
@@ -478,7 +459,7 @@ def test_precision_of_the_parts(bases, photos, tmp_path):
     more = ["--mixed_precision=bf16", "--train_text_encoder"]
     _, run = make_run(SCRIPT, random_crops(bases["eps"], photos, tmp_path, *more))
     assert {parameter.dtype for parameter in run.vae.parameters()} == {torch.float32}
-    for module in run.adapted().values():
+    for module in run.student.adapted.values():
         dtypes = {(p.requires_grad, p.dtype) for p in module.parameters()}
         assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
     step, anchor = draw(sap, run)
@@ -490,18 +471,21 @@ def test_precision_of_the_parts(bases, photos, tmp_path):
 # ---- Files ----
 
 
-@pytest.mark.parametrize("more", [["--rank=2", "--lora_alpha=6"], ["--use_dora"]])
-def test_both_files_hold_the_model_in_memory(more, bases, photos, tmp_path):
+@pytest.mark.parametrize(
+    ("depth", "more"), [(1, ["--rank=2"]), (2, ["--rank=2", "--lora_alpha=6"]), (2, ["--use_dora"])]
+)
+def test_both_files_hold_the_model_in_memory(depth, more, photos, tmp_path):
+    base = tiny_pipelines.save_sdxl(tmp_path / "base", layers_per_block=depth)
     more = [*more, "--train_text_encoder", f"--validation_prompt={PROMPT}", "--num_validation_images=1"]
-    _, run = make_run(SCRIPT, flags(bases["eps"], photos, tmp_path, *more))
+    _, run = make_run(SCRIPT, flags(base, photos, tmp_path, *more))
     before = picture_of_run(run)
     randomise_adapters(run)
     trained = picture_of_run(run)
     assert np.abs(before - trained).max() > 5
     sap.write_lora(run, tmp_path)
     sap.write_kohya_lora(run, tmp_path)
-    for name in (LORA_FILE,) if run.args.use_dora else (LORA_FILE, KOHYA_FILE):  # diffusers reads no kohya DoRA
-        pipeline = load_pipeline(bases["eps"], tmp_path, name)
+    for name in (LORA_FILE,) if run.args.use_dora else (LORA_FILE, sap.KOHYA_FILE):  # diffusers reads no kohya DoRA
+        pipeline = load_pipeline(base, tmp_path, name)
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
         assert np.abs(picture(pipeline) - trained).max() < 1.1, name
         pipeline.unet.disable_adapters()  # what is left is the text encoders'
@@ -511,10 +495,10 @@ def test_both_files_hold_the_model_in_memory(more, bases, photos, tmp_path):
 def test_kohya_keys(bases, photos, tmp_path):
     more = ["--train_text_encoder", "--output_kohya_format", "--rank=2", "--lora_alpha=6"]
     train(SCRIPT, flags(bases["eps"], photos, tmp_path, *more, steps=1))
-    stored = sap.load_file(tmp_path / KOHYA_FILE)
+    stored = load_file(tmp_path / sap.KOHYA_FILE)
     assert {"_".join(key.split("_")[:2]) for key in stored} == {"lora_unet", "lora_te1", "lora_te2"}
     assert "lora_te2_text_model_encoder_layers_1_self_attn_q_proj.lora_down.weight" in stored
-    assert "lora_unet_mid_block_attentions_0_transformer_blocks_1_attn2_to_out_0.lora_up.weight" in stored
+    assert "lora_unet_middle_block_1_transformer_blocks_1_attn2_to_out_0.lora_up.weight" in stored
     assert {tensor.item() for key, tensor in stored.items() if key.endswith(".alpha")} == {6.0}
     assert len(stored) == 3 * len(lora(tmp_path)) / 2
 
@@ -541,7 +525,7 @@ def test_combinations_train_and_load(more, bases, photos, tmp_path):
         pytest.importorskip("bitsandbytes")
     train(SCRIPT, random_crops(bases["eps"], photos, tmp_path, *more))
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in lora(tmp_path).values())
-    assert any(tensor.abs().max() > 0 for key, tensor in lora(tmp_path).items() if ".up." in key)
+    assert any(tensor.abs().max() > 0 for key, tensor in lora(tmp_path).items() if "lora_B" in key)
     pipeline = UNet2DConditionModel.from_pretrained(bases["eps"], subfolder="unet")
     pipeline.load_lora_adapter(lora(tmp_path), prefix="unet")
     assert pipeline.peft_config
@@ -551,9 +535,10 @@ def test_combinations_train_and_load(more, bases, photos, tmp_path):
 def test_anchor_batch_size_does_not_change_the_lora(base, bases, captioned, tmp_path):
     for size in (1, 4):
         more = [f"--anchor_batch_size={size}", "--gradient_accumulation_steps=2", "--subject_token=sks"]
+        more += ["--learning_rate=1e-3"]  # large rates let Adam blow rounding up
         train(SCRIPT, flags(bases[base], captioned, tmp_path / str(size), *more, steps=3))
     one, four = lora(tmp_path / "1"), lora(tmp_path / "4")
-    assert all(torch.allclose(one[key], four[key], atol=1e-4) for key in one)
+    assert all(torch.allclose(one[key], four[key], atol=3e-5) for key in one)
 
 
 def test_the_anchor_changes_what_is_learnt(bases, photos, tmp_path):
@@ -561,8 +546,3 @@ def test_the_anchor_changes_what_is_learnt(bases, photos, tmp_path):
         train(SCRIPT, flags(bases["eps"], photos, tmp_path / str(weight), f"--anchor_weight={weight}"))
     zero, one = lora(tmp_path / "0"), lora(tmp_path / "1")
     assert any(not torch.allclose(zero[key], one[key], atol=1e-4) for key in zero)
-
-
-def test_a_base_of_another_kind_is_refused(sd15, photos, tmp_path):
-    with pytest.raises(sap.UsageError, match="StableDiffusionPipeline without tokenizer_2, text_encoder_2"):
-        train(SCRIPT, flags(sd15, photos, tmp_path))

@@ -11,7 +11,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from runner import ROOT, flags
+from runner import LORA_FILE, ROOT, flags
 
 MARKS = {"flag": "hf_marked0flag0token", "HF_TOKEN": "hf_marked0environment", "WANDB_API_KEY": "a1b2c3d4e5" * 4}
 
@@ -58,9 +58,11 @@ def hub():
     server.shutdown()
 
 
-def test_marked_secrets_reach_no_file_log_or_upload(sd15, photos, tmp_path, hub):
+def test_marked_secrets_reach_no_file_and_an_upload_holds_what_it_should(sd15, photos, tmp_path, hub):
     address, sent = hub
     output = tmp_path / "out"
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
     more = ["--report_to=all", "--push_to_hub", "--hub_model_id=me/sap", f"--hub_token={MARKS['flag']}"]
     more += ["--validation_prompt=a photo of sks dog", "--num_validation_images=1", "--checkpointing_steps=1"]
     environment = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
@@ -78,23 +80,11 @@ def test_marked_secrets_reach_no_file_log_or_upload(sd15, photos, tmp_path, hub)
     found = [(place, name) for place, text in texts.items() for name, mark in MARKS.items() if mark.encode() in text]
     assert found == []
     assert sent.tokens == {f"Bearer {MARKS['flag']}"}
-
-
-def test_an_upload_holds_the_lora_the_card_and_its_pictures(sd15, photos, tmp_path, hub):
-    address, sent = hub
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "notes.txt").write_text("mine")
-    more = ["--push_to_hub", "--hub_model_id=me/sap", "--hub_token=hf_x", "--checkpointing_steps=1"]
-    more += ["--validation_prompt=a photo of sks dog", "--num_validation_images=1", "--report_to=tensorboard"]
-    environment = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, str(ROOT / "train_sap_lora_sd15.py"), *flags(sd15, photos, output, *more)]
-    subprocess.run(command, capture_output=True, cwd=tmp_path, env=environment, timeout=300, check=True)
     commit = next(body for body in sent.bodies if b'"key": "header"' in body or b'"key":"header"' in body)
     lines = [json.loads(line)["value"] for line in commit.decode().splitlines() if '"file"' in line]
     uploaded = {line["path"]: base64.b64decode(line["content"]) for line in lines}
-    assert set(uploaded) == {"pytorch_lora_weights.safetensors", "README.md", "image_0.png"}
-    assert uploaded["pytorch_lora_weights.safetensors"] == (output / "pytorch_lora_weights.safetensors").read_bytes()
+    assert set(uploaded) == {LORA_FILE, "README.md", "image_0.png"}
+    assert uploaded[LORA_FILE] == (output / LORA_FILE).read_bytes()
 
 
 @pytest.mark.parametrize(

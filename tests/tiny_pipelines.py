@@ -272,12 +272,12 @@ def _amplify_prompts(denoiser, gain):
             module.weight *= gain
 
 
-def _unet(**config):
+def _unet(layers_per_block=1, **config):
     """Build a two-level UNet2DConditionModel; `attention_head_dim` is, as ever, the number of heads."""
     unet = UNet2DConditionModel(
         sample_size=SIDE // 8,
         block_out_channels=(32, 64),
-        layers_per_block=1,
+        layers_per_block=layers_per_block,
         norm_num_groups=8,
         **config,
     )
@@ -376,12 +376,19 @@ def _sdxl_scheduler(kind, prediction_type, overrides):
 
 
 def save_sdxl(
-    folder, prediction_type="epsilon", scheduler="euler", latents_statistics=False, vae=None, **scheduler_overrides
+    folder,
+    prediction_type="epsilon",
+    scheduler="euler",
+    latents_statistics=False,
+    vae=None,
+    layers_per_block=1,
+    **scheduler_overrides,
 ):
     """Save a StableDiffusionXLPipeline.
 
     `scheduler` is "euler", "edm_euler", "edm_dpm" or "playground": the last is Playground v2.5, "edm_dpm" and a VAE
-    with scaling factor .5 and latent statistics. `vae` holds overrides for the VAE's configuration.
+    with scaling factor .5 and latent statistics. `vae` holds overrides for the VAE's configuration. The blocks of the
+    real UNet have two layers, which counts where keys have Stability's names.
     """
     vae_config = {"scaling_factor": 0.13025, "force_upcast": True}
     if scheduler == "playground":
@@ -398,6 +405,7 @@ def save_sdxl(
             cross_attention_dim=sum(widths),
             attention_head_dim=(2, 4),
             transformer_layers_per_block=(1, 2),
+            layers_per_block=layers_per_block,
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=time_width,

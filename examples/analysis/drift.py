@@ -61,9 +61,17 @@ class UsageError(ValueError):
 # -------------------------------------------------------------------------------------------------------- command line
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the default of a flag where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        empty = action.default is None or action.default is False
+        return action.help if empty else super()._get_help_string(action)
+
+
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; a contradiction ends it before anything is loaded."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_model_arguments(parser)
     add_set_arguments(parser)
     args = parser.parse_args(arguments)
@@ -174,7 +182,10 @@ def list_loras(run: str, final_step: int | None) -> list[Lora]:
     loras.sort(key=lambda lora: lora.step)
     steps = [lora.step for lora in loras]
     if not loras:
-        raise UsageError(f"--run {run}: no checkpoint-STEP folder with {LORA_FILE} and no file *-STEP.safetensors.")
+        last = f"; give the step of its {LORA_FILE} with --final_step" if (folder / LORA_FILE).is_file() else ""
+        raise UsageError(
+            f"--run {run}: no checkpoint-STEP folder with {LORA_FILE} and no file *-STEP.safetensors{last}."
+        )
     if len(set(steps)) < len(steps):
         raise UsageError(f"--run {run}: two files have the same step; keep one trainer's files in a folder.")
     for lora in loras:
@@ -490,6 +501,7 @@ def draw(args: argparse.Namespace, rows: list[dict], output: str) -> None:
                 axis.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
         axis.set_title(title, fontsize=10)
         axis.set(xlabel="training step", ylabel=label)
+        axis.locator_params(nbins=5)  # more labels would overlap
         axis.grid(alpha=0.3)
     axes[1].legend(fontsize=9)
     figure.tight_layout()

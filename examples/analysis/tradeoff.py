@@ -27,6 +27,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first: there may be no display)
 
+FEWEST_SUBJECTS = 5  # of an interval that is drawn: with fewer, resampling them says nothing
 METRICS = {"clip_t": "CLIP-T", "clip_i": "CLIP-I", "dino": "DINO"}
 BACKBONES = {"sd15": "SD1.5", "sdxl": "SDXL", "sd3": "SD3"}
 TENSION = (
@@ -39,9 +40,17 @@ class UsageError(ValueError):
     """Bad input, said in one sentence."""
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the default of a flag where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        empty = action.default is None or action.default is False
+        return action.help if empty else super()._get_help_string(action)
+
+
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line and the scores; what is wrong with them ends it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--scores", type=Path, nargs="+", required=True, metavar="FILE", help="scores.json of evaluate.py, or several")
     add("--output_dir", type=Path, required=True, metavar="FOLDER", help="gets two CSV and two PNG files")
@@ -70,6 +79,10 @@ def read_methods(files: list[Path]) -> dict[str, dict]:
             found, measured_by = scores["methods"], scores.get("metrics")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"--scores: {file} is no scores.json of evaluate.py ({error!r}).") from error
+        try:
+            json.dumps(found, allow_nan=False)
+        except ValueError as error:
+            raise UsageError(f"--scores: {file} has a score that is not finite; score it again.") from error
         if models is not None and measured_by != models:
             raise UsageError(f"--scores: {file} was scored by other models than {files[0]}; score both alike.")
         if twice := sorted(methods.keys() & found.keys()):
@@ -171,7 +184,7 @@ def difference_rows(args: argparse.Namespace) -> list[dict]:
 
     Paired: over the subjects that both have, seed by seed where both have the same seeds, else between the seeds'
     means. What a subject adds to both drops out, so this interval, and not whether two points' intervals overlap,
-    tells whether they differ.
+    tells whether they differ. `_better` counts the subjects on which the point is above the other.
     """
     rows = []
     for point in args.points:
@@ -198,6 +211,7 @@ def difference_row(args: argparse.Namespace, point: Point, other: Point, subject
             difference = np.nanmean(one, axis=0, keepdims=True) - np.nanmean(two, axis=0, keepdims=True)
         numbers = interval(difference, args.bootstrap_samples, args.seed)
         row |= dict(zip((metric, f"{metric}_low", f"{metric}_high"), numbers, strict=True))
+        row[f"{metric}_better"] = int((np.nanmean(difference, axis=0) > 0).sum())
     return row
 
 
@@ -222,7 +236,13 @@ def draw_trade_off(args: argparse.Namespace, rows: list[dict]) -> None:
             draw_panel(axis, own, fidelity)
             axis.set_title(f"{BACKBONES.get(backbone, backbone)}  {METRICS[fidelity]} against CLIP-T".strip())
         line[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
-    figure.text(0.01, 0.005, f"Lines: 95 % bootstrap over seeds and subjects. {TENSION}", fontsize=7, color="0.35")
+    figure.text(
+        0.01,
+        0.005,
+        f"Lines: 95 % bootstrap over seeds and subjects, from {FEWEST_SUBJECTS} subjects on. {TENSION}",
+        fontsize=7,
+        color="0.35",
+    )
     figure.tight_layout(rect=(0, 0.4 / figure.get_figheight(), 1, 1))
     figure.savefig(args.output_dir / "tradeoff.png", dpi=130)
     plt.close(figure)
@@ -235,17 +255,19 @@ def draw_panel(axis, rows: list[dict], fidelity: str) -> None:
     others = [row for row in rows if row["kind"] != "curve"]
     for row in curve:
         axis.plot(row["clip_t"], row[fidelity], "o", color="C0", zorder=3)
-        position = (row["clip_t"], row[fidelity])
-        axis.annotate(row["label"], position, (6, 6), textcoords="offset points", fontsize=8, color="C0", zorder=4)
+        position, text = (row["clip_t"], row[fidelity]), row["label"] if row is curve[0] else f"{row['w']:g}"
+        axis.annotate(text, position, (6, 6), textcoords="offset points", fontsize=8, color="C0", zorder=4)
     for number, row in enumerate(others):
         style = {"color": f"C{1 + number % 9}", "marker": "sD^vP*Xph"[number % 9]}
         axis.plot(row["clip_t"], row[fidelity], linestyle="none", markersize=8, label=row["label"], zorder=3, **style)
-    for row, color in [(row, "C0") for row in curve] + [(row, f"C{1 + n % 9}") for n, row in enumerate(others)]:
+    colours = [(row, "C0") for row in curve] + [(row, f"C{1 + n % 9}") for n, row in enumerate(others)]
+    for row, color in [pair for pair in colours if pair[0]["subjects"] >= FEWEST_SUBJECTS]:
         ends = ([row[f"{name}_low"], row[f"{name}_high"]] for name in ("clip_t", fidelity))
         across, along = ends
         axis.plot(across, [row[fidelity]] * 2, color=color, alpha=0.35, linewidth=1, zorder=1)
         axis.plot([row["clip_t"]] * 2, along, color=color, alpha=0.35, linewidth=1, zorder=1)
     axis.set(xlabel="CLIP-T (text alignment)", ylabel=f"{METRICS[fidelity]} (subject fidelity)")
+    axis.locator_params(nbins=5)  # more labels would overlap
     axis.grid(alpha=0.3)
 
 

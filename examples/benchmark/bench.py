@@ -2,7 +2,6 @@
 """Time the scripts' own training loop on random weights: plain, with anchors, and with a doubled batch.
 
     python examples/benchmark/bench.py --output outputs/benchmark              # on a GPU: full size, bf16
-    python examples/benchmark/bench.py --memory --output outputs/benchmark     # what fits: no GPU is needed
     python examples/benchmark/bench.py --trainer "train_sap_lora_sd15.py FLAGS" --trainer "other.py FLAGS"
 
 All variants of a backbone train one denoiser in one process, in turns, so that other load on the machine falls on all
@@ -26,11 +25,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
+from diffusers.training_utils import free_memory
 from models import BACKBONES, Backbone
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -53,7 +55,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     names = sorted({name for name, _ in BACKBONES})
     add("--backbone", nargs="+", default=["sd15", "sdxl", "sd3"], choices=names, help="Which denoisers.")
-    add("--size", choices=["full", "mid"], help="Of the denoisers (default: full on a GPU, mid on a CPU).")
+    add("--size", choices=["full", "mid", "tiny"], help="Of the denoisers (default: full on a GPU, mid on a CPU).")
     add("--rounds", type=int, default=5, help="Turns of each variant.")
     add("--mixed_precision", choices=["no", "bf16", "fp16"], help="Default: bf16 on a GPU, no on a CPU.")
     add("--gradient_checkpointing", action="store_true", help="As the scripts' flag.")
@@ -63,7 +65,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     add("--trainer", action="append", help="A training command, timed as a user runs it; repeat it to compare.")
     add("--trainer_steps", type=int, nargs=2, default=[4, 12], help="Its --max_train_steps: the difference is timed.")
-    add("--memory", action="store_true", help="Estimate the memory of full-size training instead.")
     add("--output", type=Path, help="Folder for benchmark.md and benchmark.json (default: only printed).")
     args = parser.parse_args(input_args)
     if args.rounds < 1:
@@ -114,72 +115,59 @@ def peak_flops(dtype: torch.dtype) -> float:
 # ---- A run of a script, with stages that make random tensors ----
 
 
-def make_run(backbone: Backbone, options: argparse.Namespace, folder: Path) -> tuple:
+def make_run(backbone: Backbone, flags: list[str], folder: Path) -> tuple:
     """The script's module and its `Run` as `main` has it before training: five pictures, one prompt, an anchor."""
-    module = importlib.import_module(backbone.script)
+    module, edge = importlib.import_module(backbone.script), backbone.resolution
+    photos = folder / "photos"
+    photos.mkdir()
     for name in range(5):
-        size = (backbone.resolution, backbone.resolution)
-        Image.fromarray(np.random.default_rng(name).integers(0, 255, (*size, 3), dtype=np.uint8)).save(
-            folder / f"{name}.png"
-        )
-    flags = ["--pretrained_model_name_or_path=random", f"--instance_data_dir={folder}", "--report_to=none"]
-    flags += ["--instance_prompt=a photo of sks dog", "--class_prompt=a photo of a dog", "--seed=0", "--center_crop"]
-    flags += ["--train_batch_size=1", f"--resolution={backbone.resolution}", f"--max_train_steps={STEPS}"]
-    flags += [
-        f"--mixed_precision={options.mixed_precision}",
-        f"--output_dir={folder / 'out'}",
-        "--skip_final_inference",
-    ]
-    flags += [f"--{name}" for name in ("gradient_checkpointing", "compile") if getattr(options, name)]
-    args = module.parse_args(flags)
-    accelerator = module.start_accelerator(args)
-    images = module.load_subject_images(args)
-    module.plan(args, images, accelerator.num_processes)
-    run = module.Run(args, accelerator, images, scheduler=backbone.scheduler(), vae_config=backbone.vae_config)
-    edge = backbone.resolution // 8
-    generator = torch.Generator().manual_seed(0)
+        pixels = np.random.default_rng(name).integers(0, 255, (edge, edge, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"{name}.png")
+    common = [f"--pretrained_model_name_or_path={folder}", f"--instance_data_dir={photos}", "--report_to=none"]
+    common += ["--instance_prompt=a photo of sks dog", "--class_prompt=a photo of a dog", "--seed=0", "--center_crop"]
+    common += ["--train_batch_size=1", f"--resolution={edge}", f"--output_dir={folder / 'out'}"]
+    args = module.parse_args([*common, f"--max_train_steps={STEPS}", *flags])
+    accelerator, images = module.start_accelerator(args), module.SubjectImages(args)
+    dtype, generator = module.base_files(args, accelerator)["dtype"], torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(1, *shape, generator=generator)
 
-    for prompt in {*images.captions, *images.anchor_captions}:
-        run.embeddings[prompt] = {name: draw(*shape).to(run.dtype) for name, shape in backbone.conditioning.items()}
-    for index in range(len(images)):
-        run.posteriors[index, False] = draw(2 * backbone.latent_channels, edge, edge)
-    module.place_caches(run)
+    embeddings = {prompt: {name: draw(*shape).to(dtype) for name, shape in backbone.conditioning.items()}
+                  for prompt in sorted({*images.captions, *images.anchor_captions})}  # fmt: skip
+    posteriors = {(i, False): draw(2 * backbone.latent_channels, edge // 8, edge // 8) for i in range(len(images))}
+    vae = AutoencoderKL(latent_channels=backbone.latent_channels, **backbone.vae_config)  # only its scale is used
     torch.manual_seed(0)
-    run.denoiser = backbone.build(run.dtype, run.device)
-    if args.gradient_checkpointing:
-        run.denoiser.enable_gradient_checkpointing()
-    module.compile_blocks(run)
-    module.add_adapters(run)
-    return module, run
+    load_part = module.load_part
+    if args.bnb_quantization_config_path is None:
+        load_part = lambda *_, dtype, **__: backbone.build(dtype, accelerator.device).requires_grad_(False)  # noqa: E731
+    else:  # diffusers quantises what it reads from a disk
+        backbone.build(dtype, accelerator.device).save_pretrained(folder / module.DENOISER)
+        free_memory()
+    with mock.patch.object(module, "load_part", load_part):
+        denoiser = module.load_denoiser(args, accelerator, images)
+    module.add_adapters(args, {module.DENOISER: denoiser})
+    student, more = module.Student(denoiser), {"record": {}, "signals": module.StopRequests()}
+    scheduler = backbone.scheduler()
+    return module, module.Run(args, accelerator, images, embeddings, {}, vae, posteriors, student, scheduler, **more)
 
 
 def take_turn(module, run, settings: dict, steps: int = STEPS) -> tuple[float, float]:
     """Seconds and CPU seconds of one step, from a turn of the script's `train` with other settings."""
     args = copy.copy(run.args)
     vars(args).update(settings, max_train_steps=steps)
-    clocks = []
-
-    def micro_steps(*arguments) -> Iterator:
-        """The script's, which reads the clocks when the loop begins and when it is done with the last step."""
-        yield from original(*arguments)
-        synchronise()
-        clocks.append((time.perf_counter(), time.process_time()))
-
-    original = module.micro_steps
-    try:
-        module.micro_steps = micro_steps
+    student = module.Student(run.student.denoiser)  # accelerate wraps what it prepares, each time
+    with mock.patch.object(module, "tqdm", functools.partial(tqdm, disable=True)):
+        run = dataclasses.replace(run, args=args, images=module.SubjectImages(args), student=student)
+        training = module.start_training(run, None, 0)
         synchronise()
         begin = time.perf_counter(), time.process_time()
-        module.train(dataclasses.replace(run, args=args), None, 0, tqdm(disable=True))
-    finally:
-        module.micro_steps = original
+        module.train(run, training)
+        synchronise()
+    seconds, cpu_seconds = time.perf_counter() - begin[0], time.process_time() - begin[1]
     run.accelerator.free_memory()
-    run.denoiser.zero_grad()
-    (end,) = clocks
-    return (end[0] - begin[0]) / steps, (end[1] - begin[1]) / steps
+    student.zero_grad()
+    return seconds / steps, cpu_seconds / steps
 
 
 def count_flops(turn: Callable[..., object]) -> int:
@@ -189,14 +177,14 @@ def count_flops(turn: Callable[..., object]) -> int:
     return counter.get_total_flops()
 
 
-def peak_memory(turn: Callable[..., object]) -> int:
-    """The most bytes in a step with its anchors: of all tensors on a GPU, on a CPU of those that the step makes."""
+def peak_memory(turn: Callable[..., object], steps: int = 1) -> int:
+    """The most bytes in steps with their anchors: of all tensors on a GPU, on a CPU of those that the steps make."""
     if on_gpu():
         torch.cuda.reset_peak_memory_stats()
-        turn(steps=1)
+        turn(steps=steps)
         return torch.cuda.max_memory_allocated()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        turn(steps=1)
+        turn(steps=steps)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return int(np.cumsum(changes).max())
@@ -205,7 +193,9 @@ def peak_memory(turn: Callable[..., object]) -> int:
 def measure(backbone: Backbone, options: argparse.Namespace, peak: float) -> list[dict]:
     """A row for each variant of one backbone: all take turns, in an order that changes."""
     with tempfile.TemporaryDirectory() as folder:
-        module, run = make_run(backbone, options, Path(folder))
+        flags = [f"--mixed_precision={options.mixed_precision}"]
+        flags += [f"--{name}" for name in ("gradient_checkpointing", "compile") if getattr(options, name)]
+        module, run = make_run(backbone, flags, Path(folder))
         turns = {name: functools.partial(take_turn, module, run, settings) for name, settings in VARIANTS.items()}
         rows = {}
         for name, turn in tqdm(turns.items(), desc=f"{backbone.script}: counting", leave=False):
@@ -213,7 +203,8 @@ def measure(backbone: Backbone, options: argparse.Namespace, peak: float) -> lis
                 turn()  # warms up
             # A step's FLOPs are the same for all sizes of a group, and one anchor for one step is easily counted.
             alone = functools.partial(take_turn, module, run, VARIANTS[name] | {"anchor_batch_size": 1})
-            memory, flops = peak_memory(turn), None if options.compile else count_flops(alone)
+            memory = peak_memory(turn, VARIANTS[name].get("anchor_batch_size", 1))
+            flops = None if options.compile else count_flops(alone)
             rows[name] = {"variant": name, "peak_bytes": memory, "flops": flops, "seconds": [], "cpu_seconds": []}
         order = list(turns)
         for _ in tqdm(range(options.rounds), desc=f"{backbone.script}: rounds", leave=False):
@@ -306,12 +297,7 @@ def main(args: argparse.Namespace) -> None:
     args.mixed_precision = args.mixed_precision or ("bf16" if on_gpu() else "no")
     report = {"machine": machine(), "options": {name: str(value) for name, value in vars(args).items()}}
     text = f"{report['machine']}\n\n"
-    if args.memory:
-        from memory import estimate, memory_table
-
-        report["memory"] = [row for name in args.backbone for row in estimate(name)]
-        text += memory_table(report["memory"])
-    elif args.trainer:
+    if args.trainer:
         report["commands"] = measure_commands(args.trainer, args)
         text += commands_table(report["commands"])
     else:

@@ -8,20 +8,33 @@ Prompts hold {0} for the token and {1} for the class. Where there are two lists,
 for cats and dogs, the other for everything else, as in DreamBench.
 """
 
+import argparse
 import ast
+import importlib.util
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from PIL import Image
 
 PROMPTS_FILE = "prompts_and_classes.txt"
 LIVE_CLASSES = {"cat", "dog"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for odd files
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the default of a flag where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        empty = action.default is None or action.default is False or action.default == []
+        return action.help if empty else super()._get_help_string(action)
 
 
 class UnreadableImage(ValueError):
-    """A file that is named like an image and is none, or breaks off."""
+    """A file that is named like an image and is none, breaks off, or would fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,14 @@ class Benchmark:
         return [subject for subject in self.classes if self.references(subject)]
 
 
+def load_script(file: Path) -> ModuleType:
+    """A script as a module, whatever folder it stands in."""
+    spec = importlib.util.spec_from_file_location(f"script_{file.stem}", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for their module there
+    spec.loader.exec_module(module)
+    return module
+
+
 def image_files(folder: Path) -> list[Path]:
     """Pictures directly in a folder, by name; hidden files are left out."""
     if not folder.is_dir():
@@ -62,7 +83,7 @@ def check_image(file: Path) -> None:
     """`UnreadableImage` for what is no image; reads the header only, which is quick."""
     try:
         Image.open(file).close()
-    except OSError as error:
+    except UNREADABLE as error:
         raise UnreadableImage(f"{file} is not an image: delete it or make it again ({error})") from error
 
 
@@ -71,7 +92,7 @@ def read_image(file: Path) -> Image.Image:
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
-    except OSError as error:
+    except UNREADABLE as error:
         raise UnreadableImage(f"{file} is damaged: delete it or make it again ({error})") from error
 
 
@@ -80,16 +101,32 @@ def read_benchmark(folder: Path, prompts_file: Path | None = None) -> Benchmark:
     file = prompts_file or folder / PROMPTS_FILE
     if not file.is_file():
         raise ValueError(f"{file} is not there: it has DreamBench's classes and prompts, and comes with its pictures")
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: save it as UTF-8") from error
     classes = read_classes(text)
     lists = read_prompt_lists(text)
     if not classes:
         raise ValueError(f'{file} has no table of classes: a line "subject_name,class", then one line a subject')
     if not lists:
         raise ValueError(f'{file} has no prompts: a list "prompt_list = [...]" of strings with {{0}} and {{1}}')
+    for name in classes:
+        check_name(name, f"{file}: the subject")
+    for template in (template for _, templates in lists for template in templates):
+        if re.search("[{}]", re.sub(r"\{[01]\}", "", template)):
+            raise ValueError(
+                f'{file}: the prompt "{template}" may hold {{0}}, the token, and {{1}}, but no other braces'
+            )
     live = next((prompts for heading, prompts in lists if "live" in heading.lower()), lists[0][1])
     other = next((prompts for heading, prompts in lists if "live" not in heading.lower()), live)
     return Benchmark(folder, classes, other, live)
+
+
+def check_name(name: str, what: str) -> None:
+    """Raise `ValueError`, which begins with `what`, for a name that is not that of a folder within another one."""
+    if name in (".", "..") or Path(name).name != name:
+        raise ValueError(f'{what} "{name}" is no name for a folder: leave slashes and leading dots out')
 
 
 def read_classes(text: str) -> dict[str, str]:

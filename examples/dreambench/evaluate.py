@@ -16,6 +16,7 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -29,8 +30,9 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from benchmark import Benchmark, UnreadableImage, check_image, image_files, read_benchmark, read_image
+from benchmark import Benchmark, HelpFormatter, check_image, image_files, read_benchmark, read_image
 from PIL import Image
+from table import FEWEST_SUBJECTS, bootstrap, bounds
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
 from transformers.utils.logging import disable_progress_bar
@@ -56,7 +58,7 @@ IMAGE_COLUMNS = ["file", "method", "subject", "prompt_index", "prompt", *METRICS
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--images_dir", type=Path, required=True, help="METHOD/SUBJECT/PROMPT_INDEX/*.png below this")
     add("--data_dir", type=Path, required=True, help="DreamBench: a folder of references a subject")
@@ -84,6 +86,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         args.benchmark = read_benchmark(args.data_dir, args.prompts_file)
         check_models(args)
         args.pictures = find_pictures(args)
+        args.tags = {method: read_tags(args.images_dir / method) for method in {one.method for one in args.pictures}}
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -231,7 +234,10 @@ def score(args: argparse.Namespace, todo: list[Picture], accelerator: Accelerato
     clip = Clip(args.clip_model, accelerator.device)
     dino = Dino(args.dino_model, args.dino_preprocessing, accelerator.device)
     rows = []
-    with ThreadPoolExecutor(args.num_workers) as pool, part_file(args, accelerator).open("w", newline="") as file:
+    with (
+        ThreadPoolExecutor(args.num_workers) as pool,
+        part_file(args, accelerator).open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.DictWriter(file, IMAGE_COLUMNS)
         writer.writeheader()
         references = {
@@ -265,6 +271,10 @@ def score_batch(clip: Clip, dino: Dino, batch: list[Picture], images: list[Image
         "clip_t": (clip_images * torch.stack([texts[picture.prompt] for picture in batch])).sum(-1),
         "dino": (dino_images * torch.stack([references[picture.subject][1] for picture in batch])).sum(-1),
     }
+    odd = [metric for metric, column in values.items() if not column.isfinite().all()]
+    if odd:
+        flag = "--dino_model" if odd == ["dino"] else "--clip_model"
+        raise ValueError(f"{flag} gives no number for {batch[0].file} or one after it: get the model again")
     columns = {metric: [f"{value:.6f}" for value in column.tolist()] for metric, column in values.items()}
     return [asdict(one) | {metric: columns[metric][i] for metric in METRICS} for i, one in enumerate(batch)]
 
@@ -274,15 +284,31 @@ def part_file(args: argparse.Namespace, accelerator: Accelerator) -> Path:
 
 
 def known_rows(args: argparse.Namespace) -> dict[str, dict[str, str]]:
-    """Rows of images.csv and of the parts that an interrupted run left, by file. Half-written lines are dropped."""
+    """Rows of images.csv and of the parts that an interrupted run left, by file. Half-written lines are dropped.
+
+    Raises:
+        ValueError: for a file that is no table.
+    """
     rows = {}
     for file in (args.output_dir / "images.csv", *sorted(args.output_dir.glob("images.part*.csv"))):
         if file.is_file():
-            with file.open(newline="") as lines:
-                reader = csv.DictReader(lines)
-                whole = [row for row in reader if reader.fieldnames == IMAGE_COLUMNS and len(row["key"] or "") == 16]
-            rows |= {row["file"]: row for row in whole}
+            try:
+                with file.open(newline="", encoding="utf-8") as lines:
+                    reader = csv.DictReader(lines)
+                    rows |= {
+                        row["file"]: row for row in reader if reader.fieldnames == IMAGE_COLUMNS and is_whole(row)
+                    }
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise ValueError(f"{file} is damaged ({error}): remove it, its images are scored again") from error
     return rows
+
+
+def is_whole(row: dict) -> bool:
+    """Whether a line of images.csv was written to its end, and its scores are numbers."""
+    try:
+        return len(row["key"] or "") == 16 and all(math.isfinite(float(row[metric])) for metric in METRICS)
+    except (TypeError, ValueError):
+        return False
 
 
 def gather_parts(args: argparse.Namespace) -> None:
@@ -301,7 +327,7 @@ def remove_parts(args: argparse.Namespace) -> None:
 def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
     """Written beside its name, then renamed: what was there stays until the new one is whole."""
     temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w", newline="") as lines:
+    with temporary.open("w", newline="", encoding="utf-8") as lines:
         writer = csv.DictWriter(lines, columns)
         writer.writeheader()
         writer.writerows(rows)
@@ -324,27 +350,25 @@ def summarise(args: argparse.Namespace, rows: Rows) -> dict:
         low, high = bootstrap(table, args.bootstrap_samples, args.seed)
         columns = zip(METRICS, *(row.round(6).tolist() for row in (table.mean(0), low, high)), strict=True)
         summary = {name: dict(zip(("mean", "low", "high"), numbers, strict=True)) for name, *numbers in columns}
-        methods[method] = {"tags": read_tags(args.images_dir / method), "images": len(own), **summary}
+        methods[method] = {"tags": args.tags[method], "images": len(own), **summary}
         methods[method]["subjects"] = subjects
     models = {name: getattr(args, name) for name in ("clip_model", "dino_model", "dino_preprocessing")}
     intervals = {"bootstrap_samples": args.bootstrap_samples, "seed": args.seed}
     return {"metrics": models, "intervals": intervals, "methods": methods}
 
 
-def bootstrap(table: np.ndarray, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """2.5 and 97.5 % quantiles of column means of (subjects, metrics), the rows drawn anew with replacement.
-
-    The seed gives the same draws for every method with as many subjects. One subject gives an interval of width 0,
-    which says nothing.
-    """
-    drawn = np.random.default_rng(seed).integers(0, len(table), (samples, len(table)))
-    return tuple(np.quantile(table[drawn].mean(1), (0.025, 0.975), axis=0))
-
-
 def read_tags(folder: Path) -> dict:
-    """What the method's manifest.json says about it, if there is one."""
+    """What the method's manifest.json says about it, if there is one. `ValueError` where it cannot be read."""
     manifest = folder / "manifest.json"
-    return json.loads(manifest.read_text()).get("tags", {}) if manifest.is_file() else {}
+    if not manifest.is_file():
+        return {}
+    try:
+        tags = dict(json.loads(manifest.read_text(encoding="utf-8")).get("tags", {}))
+        json.dumps(tags, allow_nan=False)
+    except (ValueError, TypeError, AttributeError) as error:
+        wanted = '{"tags": {"backbone": "sd15"}}'
+        raise ValueError(f"{manifest} is damaged ({error}): mend it, such as {wanted}, or remove it") from error
+    return tags
 
 
 def write_scores(args: argparse.Namespace, scores: dict) -> None:
@@ -358,7 +382,7 @@ def write_scores(args: argparse.Namespace, scores: dict) -> None:
     write_csv(args.output_dir / "scores.csv", ["method", "subjects", "images", *spread], totals)
     write_csv(args.output_dir / "subjects.csv", ["method", "subject", *METRICS], subjects)
     temporary = args.output_dir / ".scores.json.tmp"
-    temporary.write_text(json.dumps(scores, indent=1) + "\n")
+    temporary.write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
     os.replace(temporary, args.output_dir / "scores.json")
 
 
@@ -380,10 +404,12 @@ def notes(pictures: list[Picture], methods: dict) -> Iterator[str]:
 
 def print_scores(scores: dict) -> None:
     width = max(len("method"), *map(len, scores["methods"]))
-    print(f"\n{'method':<{width}}" + "".join(f"{metric:>26}" for metric in METRICS))
+    print(f"\nMeans over n subjects, with 95 % intervals from {FEWEST_SUBJECTS} subjects on")
+    print(f"{'method':<{width}}{'n':>4}" + "".join(f"{metric:>24}" for metric in METRICS))
     for method, entry in scores["methods"].items():
-        cells = [f"{entry[m]['mean']:.4f} [{entry[m]['low']:.4f}, {entry[m]['high']:.4f}]" for m in METRICS]
-        print(f"{method:<{width}}" + "".join(f"{cell:>26}" for cell in cells))
+        subjects = entry["subjects"]
+        cells = [f"{entry[m]['mean']:.4f} {bounds(entry[m]['low'], entry[m]['high'], subjects)}" for m in METRICS]
+        print(f"{method:<{width}}{len(subjects):>4}" + "".join(f"{cell.rstrip():>24}" for cell in cells))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -416,6 +442,6 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except UnreadableImage as error:
-        print(f"error: {error}", file=sys.stderr)
+    except ValueError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)

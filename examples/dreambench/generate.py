@@ -13,8 +13,8 @@ subject, the base model is shown the class prompt ("a dog in the snow").
 
 import argparse
 import hashlib
-import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +24,18 @@ from types import ModuleType
 
 import torch
 from accelerate import PartialState
-from benchmark import Benchmark, read_benchmark
+from benchmark import (
+    Benchmark,
+    HelpFormatter,
+    UnreadableImage,
+    check_name,
+    load_script,
+    read_benchmark,
+    read_image,
+)
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 SAMPLING_FILE = Path(__file__).resolve().parents[1] / "sampling" / "beyond_finetuning.py"
@@ -50,7 +59,7 @@ class Picture:
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--pretrained_model_name_or_path", help="Base pipeline: hub name or local folder.")
     add("--data_dir", type=Path, required=True, help="DreamBench: a folder a subject, and prompts_and_classes.txt.")
@@ -98,6 +107,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Raise `ValueError` for what cannot work, before anything is loaded."""
+    check_name(args.method, "--method")
     given = [name for name in SOURCES if getattr(args, name)]
     if len(given) > 1:
         raise ValueError(f"--{given[1]} cannot go with --{given[0]}: a method has one kind of weights")
@@ -112,18 +122,25 @@ def check(args: argparse.Namespace) -> None:
     for name in ("images", "num_inference_steps", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if not math.isfinite(args.guidance_scale):
+        raise ValueError(f"--guidance_scale must be a number, not {args.guidance_scale}")
+    args.tags = dict(read_tag(text) for text in args.tags)
+    check_subjects(args, *given)
+
+
+def check_subjects(args: argparse.Namespace, source: str = "") -> None:
+    """Raise `ValueError` for a subject without pictures, whole weights (of the flag `source`) or these prompts."""
     there = args.benchmark.subjects()
     args.subjects = args.subjects or there
     for subject in args.subjects:
         if subject not in there:
             raise ValueError(f"--subjects: {subject} has no pictures or no class in {args.data_dir}")
         path = weights_of(args, subject)
-        if path is not None and not args.ip_adapter and not path.exists():
-            raise ValueError(f"--{given[0]}: {path} is not there")
+        if path is not None:
+            check_weights(f"--{source}", path)
         count = len(args.benchmark.templates(subject))
         if any(not 0 <= index < count for index in args.prompts or []):
             raise ValueError(f"--prompts must be from 0 to {count - 1} for {subject}")
-    args.tags = dict(read_tag(text) for text in args.tags)
 
 
 def read_tag(text: str) -> tuple[str, object]:
@@ -132,7 +149,7 @@ def read_tag(text: str) -> tuple[str, object]:
     if not key or not separator:
         raise ValueError(f"--tags {text}: write KEY=VALUE, such as w=0.5")
     try:
-        return key, json.loads(value)
+        return key, json.loads(value, parse_constant=str)  # NaN is no JSON
     except json.JSONDecodeError:
         return key, value
 
@@ -140,16 +157,37 @@ def read_tag(text: str) -> tuple[str, object]:
 def weights_of(args: argparse.Namespace, subject: str) -> Path | None:
     """Where a subject's weights are; None for the base model, which has none, and for an IP-Adapter."""
     patterns = [getattr(args, name) for name in SOURCES if name != "ip_adapter" and getattr(args, name)]
-    return Path(patterns[0].format(subject=subject)) if patterns else None
+    return Path(patterns[0].replace("{subject}", subject)) if patterns else None
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The file itself, or the safetensors files of a folder: a whole pipeline's, or a LoRA's without checkpoints."""
+    pattern = "*/*.safetensors" if (path / "model_index.json").is_file() else "*.safetensors"
+    return [path] if path.is_file() else sorted(path.glob(pattern))
+
+
+def check_weights(flag: str, path: Path) -> None:
+    """Raise `ValueError` where a subject's weights are missing, damaged, or not numbers: they draw something, too."""
+    if not path.exists():
+        raise ValueError(f"{flag}: {path} is not there")
+    if not weight_files(path):
+        raise ValueError(f"{flag}: {path} has no .safetensors file; train it again")
+    for file in weight_files(path):
+        try:
+            with safe_open(file, "pt") as tensors:
+                odd = [name for name in tensors.keys() if not tensors.get_tensor(name).isfinite().all()]  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{flag}: {file} is damaged ({error}): copy or train it again") from error
+        if odd:
+            raise ValueError(f"{flag}: {file} holds numbers that are not finite, in {odd[0]}: train it again")
 
 
 def digest(path: Path | None) -> str | None:
-    """SHA-256 over the names and bytes of a file, or of the safetensors files of a folder (checkpoints left out)."""
+    """SHA-256 over the names and bytes of the weights."""
     if path is None:
         return None
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*/*.safetensors"))
     total = hashlib.sha256()
-    for file in files:
+    for file in weight_files(path):
         total.update(file.name.encode())
         total.update(file.read_bytes())
     return total.hexdigest()
@@ -205,21 +243,27 @@ def manifest_of(args: argparse.Namespace, pictures: list[Picture]) -> dict:
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
-    """Write manifest.json before the first picture.
+    """Write manifest.json before the first picture; those of other subjects or prompts that it has stay in it.
 
     Raises:
         ValueError: if the folder has pictures made otherwise, which would be mixed with these.
     """
     path = folder / "manifest.json"
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in manifest if before.get(key) != manifest[key]]
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+            pictures = {picture["file"]: picture for picture in before["images"]}
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it, it is written again") from error
+        added = {picture["file"]: picture for picture in manifest["images"]}
+        changed = [key for key in manifest if key != "images" and before.get(key) != manifest[key]]
+        changed += ["images"] if any(pictures.get(file, one) != one for file, one in added.items()) else []
         if changed:
             raise ValueError(f"{path} was made with other {', '.join(changed)}: take another --method, or remove it")
-        return
+        manifest = manifest | {"images": list((pictures | added).values())}
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(".manifest.partial")
-    partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+    partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -260,6 +304,8 @@ class Model:
             self.pipeline.unload_lora_weights()
             name = {"weight_name": weights.name} if weights.is_file() else {}
             self.pipeline.load_lora_weights(str(weights.parent if weights.is_file() else weights), **name)
+            if not self.pipeline.get_active_adapters():
+                raise ValueError(f"--loras: {weights} has no layer that fits the base; is it another model's LoRA?")
         elif args.pipelines:
             self.pipeline = self.load(str(weights))
         elif args.textual_inversion:
@@ -291,10 +337,7 @@ def load_sampling() -> ModuleType:
     """examples/sampling/beyond_finetuning.py, which stands in a folder of its own."""
     if not SAMPLING_FILE.is_file():
         raise ValueError(f"--sampler needs {SAMPLING_FILE}, which is not there")
-    spec = importlib.util.spec_from_file_location(SAMPLING_FILE.stem, SAMPLING_FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SAMPLING_FILE)
 
 
 def sampler_of(args: argparse.Namespace) -> Callable:
@@ -344,6 +387,14 @@ def generate(args: argparse.Namespace, state: PartialState, pictures: list[Pictu
             bar.update(len(batch))
 
 
+def is_whole(file: Path) -> bool:
+    """Whether a picture is there and can be read to its end."""
+    try:
+        return file.is_file() and read_image(file) is not None
+    except UnreadableImage:
+        return False
+
+
 def main(args: argparse.Namespace) -> None:
     state = PartialState()
     pictures = plan(args)
@@ -351,7 +402,7 @@ def main(args: argparse.Namespace) -> None:
     if state.is_main_process:
         write_manifest(folder, manifest_of(args, pictures))
     state.wait_for_everyone()
-    missing = [picture for picture in pictures if not (folder / picture.file).is_file()]
+    missing = [picture for picture in pictures if not is_whole(folder / picture.file)]
     state.wait_for_everyone()  # nobody starts before all have looked
     if missing:
         with state.split_between_processes(missing) as share:

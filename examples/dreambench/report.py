@@ -23,7 +23,7 @@ from urllib.parse import quote
 import jinja2
 import matplotlib
 import table
-from benchmark import Benchmark, UnreadableImage, image_files, read_benchmark, read_image
+from benchmark import Benchmark, HelpFormatter, UnreadableImage, image_files, read_benchmark, read_image
 from PIL import Image
 from tqdm import tqdm
 
@@ -65,7 +65,7 @@ class Grid:
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     table.add_arguments(parser)
     add("--images_dir", type=Path, required=True, help="METHOD/SUBJECT/PROMPT_INDEX/*.png below this")
@@ -84,6 +84,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1")
     try:
         args.methods_read = table.choose(table.read_methods(args.scores, args.group_by), args.methods)
+        args.rows = table.rows_to_show(args.methods_read, args)
         args.benchmark = read_benchmark(args.data_dir, args.prompts_file)
         args.subjects = shown_subjects(args)
     except ValueError as error:
@@ -92,7 +93,6 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     missing = [figure for figure in args.figures or () if not figure.is_file()]
     if missing:
         parser.error(f"--figures: {missing[0]} is not there")
-    args.rows = table.merge_seeds(args.methods_read) if args.merge_seeds else args.methods_read
     return args
 
 
@@ -160,6 +160,12 @@ def subject_grid(args: argparse.Namespace, subject: str) -> Grid:
     return Grid(subject, benchmark.classes[subject], references, *without_empty_columns(prompts, lines))
 
 
+def count_images(args: argparse.Namespace) -> int:
+    """Images that the shown methods have of the shown subjects, in a cell or not."""
+    folders = [args.images_dir / method.name / subject for method in shown_methods(args) for subject in args.subjects]
+    return sum(len(image_files(index)) for folder in folders for index in folder.glob("*"))
+
+
 def without_empty_columns(prompts: list[str], lines: list[Line]) -> tuple[list[str], list[Line]]:
     """Prompts that no method has images for are left out."""
     kept = [i for i in range(len(prompts)) if any(line.cells[i].images for line in lines)]
@@ -182,6 +188,7 @@ def trade_off_plot(methods: Sequence[table.Method], x: str, y: str) -> str:
         style = {"color": plt.get_cmap("tab10")(number % 10), "marker": "osD^vP"[number // 10 % 6]}
         axis.scatter(method.means[x], method.means[y], s=46, label=legend_text(method), zorder=2, **style)
     axis.set(xlabel=f"{table.METRICS[x]} (text alignment)", ylabel=f"{table.METRICS[y]} (subject fidelity)")
+    axis.locator_params(nbins=5)  # more labels would overlap
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     buffer = io.BytesIO()
@@ -231,7 +238,10 @@ def render(args: argparse.Namespace) -> str:
         figures=figures(args),
         grids=grids,
         methods=[method.name for method in shown_methods(args)],
-        count=sum(len(cell.images) for grid in grids for line in grid.lines for cell in line.cells),
+        shown=sum(len(cell.images) for grid in grids for line in grid.lines for cell in line.cells),
+        count=count_images(args),
+        with_n=table.counts_subjects(args.rows),
+        notes=table.notes(args.rows),
         linked=args.link,
     )
 

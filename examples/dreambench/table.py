@@ -7,25 +7,34 @@
 
 Reads what evaluate.py writes, or CSV with the columns method, clip_i, clip_t, dino and, where wanted, group. Each
 metric is ranked over all methods of a group by the four decimals shown, the three ranks are averaged, and the
-averages are ranked. Methods that share a place are shown so: 1, 2=, 2=, 4.
+averages are ranked. Methods that share a place are shown so: 1, 2=, 2=, 4. Where a method lacks subjects, all means of
+its group are over the subjects that all have, and the table says so. n counts subjects.
 """
 
 import argparse
 import csv
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from benchmark import HelpFormatter
 
 METRICS = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "dino": "DINO"}
+FEWEST_SUBJECTS = 5  # of an interval: with fewer, resampling them says nothing
+RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class Method:
-    """The three means, perhaps the spread of each, each subject's scores, and the group it is ranked in."""
+    """The three means, perhaps the spread of each, each subject's scores, and the group it is ranked in.
+
+    `better` says of each metric on how many subjects it is better than another method; `had` is the number of subjects
+    before those that other methods lack were left out.
+    """
 
     name: str
     means: dict[str, float]
@@ -33,6 +42,8 @@ class Method:
     group: str = ""
     tags: dict = field(default_factory=dict)
     subjects: dict[str, dict[str, float]] = field(default_factory=dict)
+    better: dict[str, str] = field(default_factory=dict)
+    had: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,25 +57,25 @@ class Score:
 
 @dataclass(frozen=True)
 class Row:
-    """A method as the table shows it, its scores in the order of METRICS."""
+    """A method as the table shows it, its scores in the order of METRICS; `n` counts subjects where that is known."""
 
     name: str
+    n: str
     scores: list[Score]
     average: str
     rank: str
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--format", choices=FORMATS, default="markdown", help="of the table; latex needs booktabs")
     parser.add_argument("--output", type=Path, help="write to this file instead of the screen")
     add_arguments(parser)
     args = parser.parse_args(arguments)
     try:
-        methods = choose(read_methods(args.scores, args.group_by), args.methods)
+        args.rows = rows_to_show(choose(read_methods(args.scores, args.group_by), args.methods), args)
     except ValueError as error:
         parser.error(str(error))
-    args.rows = merge_seeds(methods) if args.merge_seeds else methods
     return args
 
 
@@ -77,7 +88,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--merge_seeds", action="store_true", help="one row for methods whose tags differ in the seed only: their mean"
     )
-    add("--intervals", action="store_true", help="show 95 %% intervals; for merged seeds the standard deviation")
+    add(
+        "--intervals",
+        action="store_true",
+        help=f"show 95 %% intervals, from {FEWEST_SUBJECTS} subjects on; for merged seeds the standard deviation",
+    )
+    add(
+        "--against",
+        metavar="METHOD",
+        help="show on how many subjects each method of its group is better than this one",
+    )
+
+
+def rows_to_show(methods: list[Method], args: argparse.Namespace) -> list[Method]:
+    """What the options of `add_arguments` make of the methods. `ValueError` for an unknown name."""
+    methods = [method for members in groups(methods).values() for method in on_common_subjects(members)]
+    rows = merge_seeds(methods) if args.merge_seeds else methods
+    return compare(rows, args.against) if args.against else rows
 
 
 def read_methods(files: Sequence[Path], group_by: str | None = None) -> list[Method]:
@@ -86,7 +113,9 @@ def read_methods(files: Sequence[Path], group_by: str | None = None) -> list[Met
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file} is not there: evaluate.py writes it")
-        methods += read_csv(file) if file.suffix == ".csv" else read_json(file)
+        found = read_csv(file) if file.suffix == ".csv" else read_json(file)
+        check_finite(file, found)
+        methods += found
     if group_by:
         methods = [replace(method, group=str(method.tags.get(group_by, method.group))) for method in methods]
     names = [(method.group, method.name) for method in methods]
@@ -99,30 +128,110 @@ def read_methods(files: Sequence[Path], group_by: str | None = None) -> list[Met
 def read_json(file: Path) -> list[Method]:
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))["methods"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        return [
+            Method(
+                name,
+                {metric: float(entry[metric]["mean"]) for metric in METRICS},
+                {metric: bounds(entry[metric]["low"], entry[metric]["high"], entry["subjects"]) for metric in METRICS},
+                tags=dict(entry["tags"]),
+                subjects={
+                    name: {metric: float(scores[metric]) for metric in METRICS}
+                    for name, scores in entry["subjects"].items()
+                },
+            )
+            for name, entry in entries.items()
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is not a scores.json of evaluate.py") from error
-    return [
-        Method(
-            name,
-            {metric: entry[metric]["mean"] for metric in METRICS},
-            {metric: f"[{digits(entry[metric]['low'])}, {digits(entry[metric]['high'])}]" for metric in METRICS},
-            tags=entry["tags"],
-            subjects=entry["subjects"],
-        )
-        for name, entry in entries.items()
-    ]
+
+
+def bounds(low: float, high: float, subjects: Sequence) -> str:
+    """An interval as the table shows it; nothing where the subjects are too few for one."""
+    return f"[{digits(low)}, {digits(high)}]" if len(subjects) >= FEWEST_SUBJECTS else ""
+
+
+def check_finite(file: Path, methods: Sequence[Method]) -> None:
+    """Raise `ValueError` for a score that is no number: it could be sorted anywhere."""
+    for method in methods:
+        for scores in (method.means, *method.subjects.values()):
+            odd = [metric for metric, value in scores.items() if not math.isfinite(value)]
+            if odd:
+                raise ValueError(f"{file}: {odd[0]} of {method.name} is not finite; score it again")
 
 
 def read_csv(file: Path) -> list[Method]:
-    with file.open(newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
     try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
         return [
             Method(row["method"], {metric: float(row[metric]) for metric in METRICS}, group=row.get("group") or "")
             for row in rows
         ]
-    except (KeyError, TypeError, ValueError) as error:
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} needs the columns method, clip_i, clip_t, dino with a number a method") from error
+
+
+def on_common_subjects(methods: list[Method]) -> list[Method]:
+    """A group's methods with their means over the subjects that all of them have; methods without subjects stay.
+
+    Raises:
+        ValueError: if no subject is common, so that nothing can be compared.
+    """
+    known = [method for method in methods if method.subjects]
+    common = [name for name in known[0].subjects if all(name in m.subjects for m in known)] if known else []
+    if known and not common:
+        raise ValueError(f"no subject has scores of all of {', '.join(m.name for m in known)}: choose --methods")
+    return [restrict(method, common) if method.subjects else method for method in methods]
+
+
+def restrict(method: Method, subjects: Sequence[str]) -> Method:
+    """The method on a part of its subjects, with means and intervals of its own."""
+    if len(subjects) == len(method.subjects):
+        return replace(method, had=len(subjects))
+    kept = {name: method.subjects[name] for name in subjects}
+    scores = np.array([[one[metric] for metric in METRICS] for one in kept.values()])
+    low, high = bootstrap(scores, RESAMPLES, seed=0)
+    means = dict(zip(METRICS, scores.mean(0).tolist(), strict=True))
+    spreads = {metric: bounds(low[i], high[i], kept) for i, metric in enumerate(METRICS)}
+    return replace(method, means=means, spreads=spreads, subjects=kept, had=len(method.subjects))
+
+
+def bootstrap(table: np.ndarray, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """2.5 and 97.5 % quantiles of column means of (subjects, metrics), the rows drawn anew with replacement.
+
+    The seed gives the same draws for every method with as many subjects. One subject gives an interval of width 0,
+    which says nothing.
+    """
+    drawn = np.random.default_rng(seed).integers(0, len(table), (samples, len(table)))
+    return tuple(np.quantile(table[drawn].mean(1), (0.025, 0.975), axis=0))
+
+
+def compare(rows: list[Method], name: str) -> list[Method]:
+    """Count for each metric the subjects on which a method is better than the method `name` of the same group."""
+    if all(row.name != name for row in rows):
+        raise ValueError(f"--against: there is no row {name}; there are {', '.join(row.name for row in rows)}")
+    compared = []
+    for row in rows:
+        other = next((one for one in rows if one.name == name and one.group == row.group), row)
+        common = [subject for subject in row.subjects if subject in other.subjects]
+        wins = {m: sum(row.subjects[one][m] > other.subjects[one][m] for one in common) for m in METRICS}
+        better = {metric: f"(better on {count} of {len(common)})" for metric, count in wins.items()}
+        compared.append(replace(row, better=better if common and other is not row else {}))
+    return compared
+
+
+def notes(methods: Sequence[Method]) -> list[str]:
+    """What a reader must know of means that are not over all subjects."""
+    lines = []
+    for group, members in groups(methods).items():
+        most = max(method.had for method in members)
+        fewer = [f"{method.name} has {method.had} of {most}" for method in members if 0 < method.had < most]
+        if any(method.had > len(method.subjects) for method in members):
+            common = next(method.subjects for method in members if method.subjects)
+            where = f" of {group}" if group else ""
+            lack = "; ".join(fewer) or "methods have different ones"
+            lines.append(f"† Means and ranks{where} are over the subjects that all have, {', '.join(common)}: {lack}.")
+    return lines
 
 
 def merge_seeds(methods: Sequence[Method]) -> list[Method]:
@@ -140,8 +249,19 @@ def merge_seeds(methods: Sequence[Method]) -> list[Method]:
         values = {metric: np.array([run.means[metric] for run in runs]) for metric in METRICS}
         means = {metric: float(column.mean()) for metric, column in values.items()}
         spreads = {metric: f"± {digits(column.std(ddof=1))}" for metric, column in values.items()}
-        rows.append(Method(f"{name} ({len(runs)} seeds)", means, spreads, group, json.loads(tags)))
+        subjects, had = mean_subjects(runs)
+        name = f"{name} ({len(runs)} seeds)"
+        rows.append(Method(name, means, spreads, group, json.loads(tags), subjects, had=had))
     return rows
+
+
+def mean_subjects(runs: Sequence[Method]) -> tuple[dict[str, dict[str, float]], int]:
+    """Each subject's scores averaged over runs, which have the same subjects, and the fewest that a run had."""
+    subjects = {
+        subject: {metric: float(np.mean([run.subjects[subject][metric] for run in runs])) for metric in METRICS}
+        for subject in runs[0].subjects
+    }
+    return subjects, min(run.had for run in runs)
 
 
 def choose(methods: list[Method], names: Sequence[str] | None) -> list[Method]:
@@ -189,49 +309,63 @@ def digits(value: float) -> str:
     return re.sub(r"^(-?)0\.", r"\1.", f"{value:.4f}")
 
 
+def behind(method: Method, metric: str, intervals: bool) -> str:
+    """What stands behind a score: its spread, if that is asked for, and the comparison with another method."""
+    return f"{method.spreads.get(metric, '') * intervals} {method.better.get(metric, '')}".strip()
+
+
 def table_rows(methods: Sequence[Method], intervals: bool) -> list[Row]:
-    """A group's rows, with the best of each metric marked."""
+    """A group's rows, with the best of each metric and those that lack subjects marked."""
+    most = max(method.had for method in methods)
     best = {metric: max(printed(method, metric) for method in methods) for metric in METRICS}
     rows = []
     for method, average, label in zip(methods, average_ranks(methods), rank_labels(methods), strict=True):
         scores = [
-            Score(digits(value), printed(method, metric) == best[metric], method.spreads.get(metric, "") * intervals)
+            Score(digits(value), printed(method, metric) == best[metric], behind(method, metric, intervals))
             for metric, value in method.means.items()
         ]
-        rows.append(Row(method.name, scores, f"{average:.2f}", label))
+        n = f"{len(method.subjects) or ''}{' †' if 0 < method.had < most else ''}"
+        rows.append(Row(method.name, n, scores, f"{average:.2f}", label))
     return rows
 
 
-def texts(row: Row, bold: str) -> list[str]:
+def texts(row: Row, bold: str, with_n: bool) -> list[str]:
     """The cells of a row after its name; the best score goes into the braces of `bold`."""
     scores = [f"{bold.format(s.text) if s.best else s.text} {s.spread}".rstrip() for s in row.scores]
-    return [*scores, row.average, row.rank]
+    return [*[row.n] * with_n, *scores, row.average, row.rank]
+
+
+def counts_subjects(methods: Sequence[Method]) -> bool:
+    """Whether the table needs its column n: printed numbers of others do not tell it."""
+    return any(method.subjects for method in methods)
 
 
 def markdown(methods: Sequence[Method], intervals: bool) -> str:
-    grouped = groups(methods)
-    head = ["method", *METRICS.values(), "average rank", "rank"]
+    grouped, with_n = groups(methods), counts_subjects(methods)
+    head = ["method", *["n"] * with_n, *METRICS.values(), "average rank", "rank"]
     lines = [["group", *head]] if len(grouped) > 1 else [head]
     lines.append(["---" if name in ("group", "method") else "---:" for name in lines[0]])
     for group, members in grouped.items():
         for row in table_rows(members, intervals):
-            line = [row.name.replace("|", "\\|"), *texts(row, "**{}**")]
+            line = [row.name.replace("|", "\\|"), *texts(row, "**{}**", with_n)]
             lines.append([group, *line] if len(grouped) > 1 else line)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n\n".join([table, *notes(methods)]) + "\n"
 
 
 def latex(methods: Sequence[Method], intervals: bool) -> str:
-    grouped = groups(methods)
-    lines = [r"\begin{tabular}{lrrrrr}", r"\toprule"]
-    lines.append(" & ".join(["Method", *METRICS.values(), "Average rank", "Rank"]) + r" \\")
+    grouped, with_n = groups(methods), counts_subjects(methods)
+    lines = [rf"\begin{{tabular}}{{lrrrrr{'r' * with_n}}}", r"\toprule"]
+    lines.append(" & ".join(["Method", *["$n$"] * with_n, *METRICS.values(), "Average rank", "Rank"]) + r" \\")
     for group, members in grouped.items():
         lines.append(r"\midrule")
         if len(grouped) > 1:
-            lines += [rf"\multicolumn{{6}}{{l}}{{\textit{{{escape(group)}}}}} \\"]
+            lines += [rf"\multicolumn{{{6 + with_n}}}{{l}}{{\textit{{{escape(group)}}}}} \\"]
         for row in table_rows(members, intervals):
-            line = [escape(row.name), *texts(row, r"\textbf{{{}}}")]
-            lines.append(" & ".join(line).replace("±", r"$\pm$") + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+            line = [escape(row.name), *texts(row, r"\textbf{{{}}}", with_n)]
+            lines.append(" & ".join(line).replace("±", r"$\pm$").replace("†", r"$\dagger$") + r" \\")
+    remarks = [escape(note).replace("†", r"$\dagger$") for note in notes(methods)]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *remarks]) + "\n"
 
 
 def escape(text: str) -> str:

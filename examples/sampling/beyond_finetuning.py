@@ -285,9 +285,17 @@ def add_third(value, third: torch.Tensor | None = None):
 # -------------------------------------------------------------------------------------------------------- command line
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the default of a flag where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        empty = action.default is None or action.default is False
+        return action.help if empty else super()._get_help_string(action)
+
+
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; a contradiction ends it before anything is loaded."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     model = parser.add_argument_group("model")
     model.add_argument("--pretrained_model_name_or_path", required=True, metavar="MODEL", help="base model")
     model.add_argument("--lora", type=Path, metavar="FOLDER", help="folder or file of a LoRA; none: the base model")

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experiments on the tiny world, in miniature, and the numbers of their report on made-up data."""
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from runner import ROOT
+
+FOLDER = ROOT / "examples" / "dreambench"
+WORLD = ROOT / "examples" / "tiny_world"
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The example's modules, which import one another by name."""
+    sys.path.insert(0, str(FOLDER))
+    names = ["benchmark", "generate", "neighbours", "evaluate", "table", "tiny_experiments", "tiny_report"]
+    for name in names:
+        sys.modules.pop(name, None)
+    yield {name: importlib.import_module(name) for name in names}
+    sys.path.remove(str(FOLDER))
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def args(scripts, tmp_path_factory):
+    output = tmp_path_factory.mktemp("tiny")
+    return scripts["tiny_experiments"].parse_args(["--backbone=sd15", f"--output_dir={output}"])
+
+
+# --- The plan -----------------------------------------------------------------------------------------------------
+
+
+def test_the_core_has_every_subject_with_every_seed(scripts, args):
+    tiny = scripts["tiny_experiments"]
+    runs = {run.name: run for run in tiny.planned()["core"]}
+    assert set(runs) == {"w0-pretrained", "w0.5-pretrained", "w1-pretrained", "prior"}
+    assert all(list(tiny.seeds_of(run, args)) == [0, 1, 2] for run in runs.values())
+    assert all(len(tiny.subjects_of(run, args)) == 8 for run in runs.values())
+    assert all(set(run.early) <= set(run.kept) for run in runs.values())
+
+
+def test_every_run_has_a_name_of_its_own_and_flags_that_the_script_reads(scripts):
+    tiny = scripts["tiny_experiments"]
+    runs = [run for runs in tiny.planned().values() for run in runs]
+    assert len({run.name for run in runs}) == len(runs)
+    script = scripts["benchmark"].load_script(ROOT / "train_sap_lora_sd15.py")
+    photos = WORLD / "dataset" / "ball"
+    needed = ["--pretrained_model_name_or_path=x", f"--instance_data_dir={photos}", "--instance_prompt=a sks x"]
+    for run in (run for run in runs if run.method == "sap"):
+        read = script.parse_args([*needed, "--class_prompt=an x", *run.flags])
+        assert (read.anchor_weight, read.learning_rate, read.rank) == tuple(run.tags[k] for k in ("w", "rate", "rank"))
+
+
+def test_rates_are_chosen_on_subjects_that_are_not_scored(scripts, args, monkeypatch):
+    tiny = scripts["tiny_experiments"]
+    tuning = {subject for run in tiny.planned()["rates"] for subject in tiny.subjects_of(run, args)}
+    monkeypatch.setattr(tiny, "best_rates", lambda args: {tiny.SAP: 2 * tiny.RATE, tiny.PRIOR: tiny.RATE / 2})
+    runs = tiny.budget_runs(args)
+    assert [run.name for run in runs] == ["w0.5-pretrained-rate0.004", "prior-rate0.001"]
+    scored = {subject for run in runs for subject in tiny.subjects_of(run, args)}
+    assert tuning == {"star2", "fish2"} and tuning.isdisjoint(scored) and len(scored) == 6
+    monkeypatch.setattr(tiny, "best_rates", lambda args: {tiny.SAP: tiny.RATE, tiny.PRIOR: tiny.RATE})
+    assert tiny.budget_runs(args) == []  # the core has these
+
+
+def test_the_best_rate_is_told_to_the_report(scripts, tmp_path, monkeypatch):
+    tiny, report = scripts["tiny_experiments"], scripts["tiny_report"]
+    args = tiny.parse_args(["--backbone=sd15", f"--output_dir={tmp_path}", "--seeds", "0"])
+    with pytest.raises(ValueError, match="run the parts core and rates before"):
+        tiny.best_rates(args)
+    monkeypatch.setattr(
+        tiny, "score", lambda args, methods: {method: {"subjects": scores[method]} for method in methods}
+    )
+    scores, found = {}, report.Found("sd15")
+    for run, fidelity in ((tiny.SAP, 0.5), (tiny.PRIOR, 0.4)):
+        for rate, alignment in zip(tiny.RATES, (0.1, 0.2, 0.3 if run == tiny.SAP else 0.1), strict=True):
+            name = tiny.method_name(args, tiny.at_rate(run, rate), 0, args.steps)
+            scores[name] = {s: {"clip_t": alignment, "clip_i": fidelity, "dino": fidelity} for s in args.subjects}
+            for subject in args.subjects:
+                (tmp_path / "images" / name / subject).mkdir(parents=True)
+                for step in (150, 200):
+                    for metric, value in (("clip_t", alignment), ("fidelity", fidelity)):
+                        found.put(tiny.at_rate(run, rate), step, metric, (subject, 0), value)
+    assert tiny.best_rates(args) == {tiny.SAP: 2 * tiny.RATE, tiny.PRIOR: tiny.RATE}
+    told = report.budget(argparse.Namespace(output_dir=tmp_path), [found])
+    assert "| .100 [.100, .100] | .100 [.100, .100] |  | 6 x 1 |" in told  # the two that were tuned on are left out
+    assert "w = 0.5 0.600 at 0.001, 0.700 at 0.002, 0.800 at 0.004, taken is 0.004" in told
+
+
+def test_masks_cover_the_thing_and_nothing_else(scripts, args):
+    tiny = scripts["tiny_experiments"]
+    tiny.make_masks(args)
+    world = scripts["benchmark"].load_script(WORLD / "world.py")
+    for subject, photos in ((s, args.benchmark.references(s)) for s in args.subjects):
+        for photo in photos:
+            mask = np.asarray(Image.open(args.output_dir / "masks" / subject / photo.name), np.float32) / 255
+            assert mask.shape == (64, 64) and 0.1 < mask.mean() < 0.7
+            pixels, colour = np.asarray(Image.open(photo), np.float32), world.COLOURS[world.SUBJECTS[subject].colour]
+            of_its_colour = np.abs(pixels - np.asarray(colour)).max(-1) < 2
+            assert mask[of_its_colour].mean() > 0.9  # the ground may have a few such pixels, as snow has of white
+            assert mask[0].max() == mask[:, 0].max() == 0
+
+
+def test_a_dataset_that_the_world_did_not_draw_has_no_masks(scripts, tmp_path, capsys):
+    world = tmp_path / "world"
+    (world / "dataset" / "ball").mkdir(parents=True)
+    (world / "dataset" / "prompts_and_classes.txt").write_bytes(
+        (WORLD / "dataset" / "prompts_and_classes.txt").read_bytes()
+    )
+    for number in range(5):
+        Image.new("RGB", (64, 64)).save(world / "dataset" / "ball" / f"{number:02}.png")
+    command = [sys.executable, FOLDER / "tiny_experiments.py", "--backbone=sd15", f"--output_dir={tmp_path / 'out'}"]
+    found = subprocess.run([*command, f"--world={world}"], capture_output=True, text=True, check=False)
+    assert found.returncode == 2 and "make the dataset again" in found.stderr and "Traceback" not in found.stderr
+
+
+# --- The whole way ------------------------------------------------------------------------------------------------
+
+
+def test_the_whole_way_in_miniature(scripts, tmp_path, monkeypatch):
+    """One subject, one prompt, eight steps; begun again, as after a stop."""
+    for name, value in {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
+        monkeypatch.setenv(name, value)
+    tiny, report = scripts["tiny_experiments"], scripts["tiny_report"]
+    small = ["--backbone=sd15", f"--output_dir={tmp_path}", "--subjects", "star2", "--seeds", "0"]
+    small += ["--steps=8", "--prompts", "0", "--train_batch_size=1"]
+    tiny.main(tiny.parse_args([*small, "--parts", "core"]))
+    lora = tmp_path / "loras" / "sd15-w0-pretrained-seed0" / "star2"
+    before = (lora / "pytorch_lora_weights.safetensors").stat().st_mtime_ns
+    assert sorted(path.name for path in lora.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2", "checkpoint-4"]
+    (lora.parents[1] / "sd15-prior-seed0" / "star2" / "seconds.json").unlink()  # as if it had been broken off
+    tiny.main(tiny.parse_args([*small, "--parts", "core"]))
+    assert (lora / "pytorch_lora_weights.safetensors").stat().st_mtime_ns == before
+    told = json.loads((tmp_path / "images" / "sd15-w0-pretrained-step1-seed0" / "manifest.json").read_text())
+    assert told["tags"]["steps"] == 1
+    assert all(one["weights"].endswith("star2/checkpoint-1") for one in told["images"])
+
+    report.main(report.parse_args([f"--output_dir={tmp_path}"]))
+    results = tmp_path / "results"
+    assert {path.name for path in results.iterdir()} == {
+        "run.md", "tendencies.md", "frontier.md", "budget.md", "masks.md", "neighbours.md", "methods.csv",
+        "answer.png", "frontier.png", "drift.png", "pictures.jpg",
+    }  # fmt: skip
+    rows = (results / "methods.csv").read_text().splitlines()
+    (core,) = [row for row in rows if row.startswith("sd15,w0-pretrained,8,")]
+    assert core.count(",,") == 0  # every metric was measured
+    assert "| core | prior | 1 x 1 | not run | not run |" in (results / "run.md").read_text()
+    assert "| w = 0.5, masks |" in (results / "masks.md").read_text()
+
+
+# --- The report's numbers -----------------------------------------------------------------------------------------
+
+
+def pairs(values, seeds=1):
+    return {(f"s{i}", seed): value for i, value in enumerate(values) for seed in range(seeds)}
+
+
+def test_an_interval_is_students(scripts):
+    one = scripts["tiny_report"].estimate(pairs([1.0, 2.0, 3.0, 6.0]))
+    assert (one.mean, one.subjects, one.seeds) == (3.0, 4, 1)
+    reach = 3.182 * np.std([1, 2, 3, 6], ddof=1) / 2
+    assert (one.low, one.high) == pytest.approx((3 - reach, 3 + reach))
+
+
+def test_seeds_are_averaged_within_subjects_and_pairs_must_be_common(scripts):
+    report = scripts["tiny_report"]
+    values = {("a", 0): 1.0, ("a", 1): 3.0, ("b", 0): 5.0}
+    assert report.estimate(values).mean == pytest.approx(3.5)
+    assert report.difference(values, {("a", 1): 1.0, ("b", 0): 2.0}).mean == pytest.approx(2.5)
+    assert report.difference(values, {("c", 0): 1.0}) is None
+
+
+def found_of(report, **runs):
+    """Runs with (alignment, fidelity) of three subjects; NAME_STEP, or NAME for the last step, 8."""
+    found = report.Found("sd15")
+    for name, (alignment, fidelity) in runs.items():
+        run, _, step = name.partition("_")
+        run = {"w0": report.W0, "sap": report.SAP, "w1": report.W1}.get(run, run)
+        for subject in range(3):
+            for metric, value in (("clip_t", alignment), ("fidelity", fidelity)):
+                place = (run, int(step or (0 if run == "base" else 8)))
+                found.put(*place, metric, (f"s{subject}", 0), value + 0.001 * subject)
+    return found
+
+
+def test_verdicts(scripts):
+    report = scripts["tiny_report"]
+    rises = report.Tendency("", "clip_t", 1, ((report.SAP, report.W0), (report.W1, report.SAP)))
+    up = found_of(report, w0=(0.1, 0), sap=(0.2, 0), w1=(0.3, 0))
+    assert report.judge(rises, up)[0] == "holds"
+    assert report.judge(rises, found_of(report, w0=(0.1, 0), sap=(0.2, 0), w1=(0.1, 0)))[0] == "does not"
+    assert report.judge(rises, found_of(report, w0=(0.1, 0), sap=(0.2, 0)))[0] == "not run"
+    up.points[report.SAP, 8]["clip_t"]["s0", 0] += 0.5
+    assert report.judge(rises, up)[0] == "not sure"
+
+
+def test_the_gain_over_early_stopping(scripts):
+    """The line from (.8, .1) over (.6, .5) to (.4, .6): at .6 it has .5, at fidelity .3 it has .7."""
+    report = scripts["tiny_report"]
+    path = {"base": (0.8, 0.1), "w0_4": (0.6, 0.5), "w0_8": (0.4, 0.6)}
+    above = found_of(report, **path, sap=(0.6, 0.58))
+    assert report.gain(above, report.SAP, report.W0, 0).mean == pytest.approx(0.08, abs=0.005)
+    assert report.gain(above, report.SAP, report.W0, 0).side() == 1
+    beside = found_of(report, **path, sap=(0.65, 0.3))
+    assert report.gain(beside, report.SAP, report.W0, 1).mean == pytest.approx(-0.05, abs=0.005)
+    beyond = found_of(report, **path, sap=(0.5, 0.7))
+    assert np.isnan(report.gain(beyond, report.SAP, report.W0, 1).mean)
+    assert "beyond its end" in report.frontier([beyond])
+
+
+def test_numbers_are_short(scripts):
+    estimate = scripts["tiny_report"].Estimate
+    assert str(estimate(0.1234, -0.05, 0.3, 8, 3)) == ".123 [-.050, .300]"
+    assert str(estimate(12.34, 10.21, 14.5, 8, 3)) == "12.3 [10.2, 14.5]"
+    assert str(estimate(-3.149, -4, -2, 1, 1)) == "-3.15"
+    assert str(estimate(0.5, -0.25, 10.125, 3, 1)) == ".500 [-.250, 10.125]"
+
+
+def test_a_report_of_one_run_alone(scripts, tmp_path):
+    report, found = scripts["tiny_report"], found_of(scripts["tiny_report"], sap=(0.5, 0.5))
+    args = argparse.Namespace(output_dir=tmp_path)
+    assert "| core | w0.5-pretrained | 3 x 1 | not run | not run |" in report.what_was_run(args, [found])
+    assert report.tendencies([found]).count("not run") == len(report.TENDENCIES)
+    assert "Not run." in report.frontier([found]) and "Not run." in report.budget(args, [found])
+    assert "| not run |" in report.masks([found]) and "| not run |" in report.neighbour_rows([found])
+    for draw in (report.draw_answer, report.draw_frontier, report.draw_drift):
+        draw(tmp_path / "figure.png", [found])
+
+
+def test_the_command_lines_answer(scripts, capsys, tmp_path):
+    for name in ("tiny_experiments", "tiny_report"):
+        with pytest.raises(SystemExit, match="0"):
+            scripts[name].parse_args(["--help"])
+    with pytest.raises(SystemExit, match="2"):
+        scripts["tiny_report"].parse_args([f"--output_dir={tmp_path}"])
+    assert "run tiny_experiments.py first" in capsys.readouterr().err
