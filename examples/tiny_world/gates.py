@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPProcessor, ViTImageProcessor, ViTModel
 
 PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline, "sd3": StableDiffusion3Pipeline}
-GATES = {"class": 0.95, "colour": 0.95, "pattern": 0.85, "scene": 0.95, "hat": 0.95, "cleanliness": 18.0}
+GATES = {"class": 0.95, "colour": 0.95, "pattern": 0.85, "scene": 0.95, "hat": 0.95, "cleanliness": 16.5}
 
 
 def parse_args() -> argparse.Namespace:
@@ -197,7 +197,7 @@ def pipeline_gates(args: argparse.Namespace, part: str, device: str) -> list[tup
         images = np.stack([np.asarray(image) for image in images])
         if args.images:
             args.images.mkdir(parents=True, exist_ok=True)
-            save_sheet(images[:40], args.images / f"{part}_{scale:g}.png")
+            save_sheet(images[:40], args.images / f"{part}_{scale:g}.jpg")
         guesses = np.stack([logits.argmax(1).cpu().numpy() for logits in network(to_tensor(images, device))], 1)
         note = f"{len(prompts)} prompts, {args.steps} steps, guidance {scale:g}"
         for name, share in zip(world.ATTRIBUTES, (guesses == truth).mean(0), strict=True):
@@ -213,7 +213,7 @@ def save_sheet(images: np.ndarray, path: pathlib.Path, columns: int = 8) -> None
     """Write pictures (count, 64, 64, 3) as one, `columns` a row, twice their size."""
     rows = [np.concatenate(list(images[i : i + columns]), 1) for i in range(0, len(images), columns)]
     sheet = Image.fromarray(np.concatenate(rows))
-    sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(path)
+    sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(path, quality=90)
 
 
 def table(rows: list[tuple]) -> str:

@@ -242,21 +242,6 @@ def latents_of(args: argparse.Namespace) -> torch.Tensor:
     return torch.load(cache, map_location=args.device, weights_only=True)
 
 
-def train_decoder(args: argparse.Namespace) -> None:
-    """Train the VAE's decoder on, to draw clean pictures from latents with errors, such as denoisers make."""
-    images, latents = pictures(args), latents_of(args)
-    vae = AutoencoderKL.from_pretrained(args.work / "vae").to(args.device)
-    decode = torch.nn.Sequential(vae.post_quant_conv, vae.decoder)
-
-    def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
-        picks = torch.randint(len(images), (args.batch_size,), generator=generator, device=args.device)
-        errors = 0.3 * torch.rand(len(picks), 1, 1, 1, device=args.device) * torch.randn_like(latents[picks].float())
-        return reconstruction_loss(decode(latents[picks].float() + errors).float(), to_float(images[picks]))
-
-    fit(args, decode, loss_of, lr=5e-4, ema_decay=0.998)
-    vae.save_pretrained(args.work / "vae")
-
-
 # ---- the networks that score, and the text towers --------------------------------------------------------------
 
 
@@ -809,13 +794,12 @@ def write_dataset(args: argparse.Namespace) -> None:
 
 PARTS = {
     "vae": (train_vae, 24000, 8),
-    "decoder": (train_decoder, 16000, 8),
     "attributes": (train_attributes, 300000, 64),
     "clip": (train_clip, 110000, 64),
     "vit": (train_vit, 60000, 64),
     "sd3": (train_sd3, 500000, 32),
-    "sd15": (train_sd15, 360000, 32),
-    "sdxl": (train_sdxl, 150000, 32),
+    "sd15": (train_sd15, 240000, 32),
+    "sdxl": (train_sdxl, 64000, 32),
     "dataset": (write_dataset, 0, 0),
 }
 
