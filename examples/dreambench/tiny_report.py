@@ -499,7 +499,7 @@ def draw_drift(file: Path, backbones: list[Found]) -> None:
     for axis, found in zip(axes[0], backbones, strict=True):
         for run in (W0, SAP, W1, FINETUNED, PRIOR):
             values = {step: estimate(found.get(run, "drift", step)) for step in found.steps(run, "drift")}
-            if values:
+            if len(values) > 2:  # two points, the start and the end, are no curve
                 (line,) = axis.plot(list(values), [one.mean for one in values.values()], "o-", markersize=3)
                 line.set_label(NAMES[run])
                 ends = [[one.low for one in values.values()], [one.high for one in values.values()]]
