@@ -215,9 +215,6 @@ def fold_normalisation(vae: AutoencoderKL, latents: torch.Tensor) -> None:
 def train_vae(args: argparse.Namespace) -> None:
     images = pictures(args)
     vae = new_vae().to(args.device)
-    # Almost no noise, and no pull to the prior, until the decoder reads the latents: they would collapse.
-    vae.quant_conv.bias.data[vae.config.latent_channels :] = -6
-    free_steps = args.samples // args.batch_size // 10
 
     def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
         picks = torch.randint(len(images), (args.batch_size,), generator=generator, device=args.device)
@@ -226,9 +223,9 @@ def train_vae(args: argparse.Namespace) -> None:
         sample = mean + (0.5 * log_var).exp() * torch.randn_like(mean)
         output = vae.decoder(vae.post_quant_conv(sample)).float()
         kl = 0.5 * (mean**2 + log_var.exp() - 1 - log_var).mean()
-        return reconstruction_loss(output, batch) + (5e-4 * kl if step > free_steps else 0)
+        return reconstruction_loss(output, batch) + 5e-4 * kl
 
-    fit(args, vae, loss_of, lr=1e-3, ema_decay=0.99)
+    fit(args, vae, loss_of, lr=2e-3, ema_decay=0.99)
     fold_normalisation(vae, encode_all(vae, images[:2000]))
     vae.save_pretrained(args.work / "vae")
 
