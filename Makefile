@@ -21,10 +21,10 @@ demo: environment
 	$(RUN) examples/tiny_world/demo.py --backbone $(BACKBONE)
 
 test: environment
-	$(RUN) -m pytest --numprocesses auto -m "not slow"
+	$(RUN) -m pytest --numprocesses auto --dist worksteal -m "not slow"
 
 test-slow: environment
-	$(RUN) -m pytest --numprocesses auto -m slow
+	$(RUN) -m pytest --numprocesses auto --dist worksteal -m slow
 
 lint: environment
 	$(RUN) -m ruff check .

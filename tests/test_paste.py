@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The method in a small script of its own, and the page that explains it."""
 
+import contextlib
+import io
 import json
-import os
 import re
 import runpy
-import subprocess
 import sys
 
 import pytest
@@ -18,10 +18,12 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 def run(output, *flags) -> tuple[float, float]:
     """Both terms of the loss at the end of a short run on the tiny world."""
-    command = [sys.executable, str(SCRIPT), "--steps=40", f"--output_dir={output}", *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    text = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=environment).stdout
-    return tuple(float(re.search(rf"{term} ([\d.]+)", text)[1]) for term in ("reconstruction", "drift"))
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", [str(SCRIPT), "--steps=40", f"--output_dir={output}", *flags])
+        reset()
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    found = (re.search(rf"{term} ([\d.]+)", printed.getvalue()) for term in ("reconstruction", "drift"))
+    return tuple(float(one[1]) for one in found)
 
 
 @pytest.fixture(scope="module")

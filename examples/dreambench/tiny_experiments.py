@@ -135,11 +135,11 @@ def planned() -> dict[str, list[Run]]:
             neighbour(PRIOR, early=(EQUAL_COMPUTE,), kept=(0.25, 0.5, EQUAL_COMPUTE), plain=True),
         ],
         "curve": [
-            anchored(0.25, seeds=2, plain=True),
-            anchored(0.5, "finetuned", seeds=2),
-            anchored(0.75, seeds=1),
+            anchored(0.25, plain=True),
+            anchored(0.5, "finetuned"),
+            anchored(0.75),
         ],
-        "masks": [anchored(w, masked=True, seeds=2, plain=True) for w in (0.5, 0.25)],
+        "masks": [anchored(w, masked=True, plain=True) for w in (0.5, 0.25)],
         "frontier": [
             anchored(0, rate=RATE / 4, seeds=1, early=EARLY, kept=EARLY),
             anchored(0, rank=RANK // 8, seeds=1, early=EARLY, kept=EARLY),
@@ -152,7 +152,7 @@ def planned() -> dict[str, list[Run]]:
 def budget_runs(args: argparse.Namespace) -> list[Run]:
     """Both methods at their best rates on the scored subjects; where that is RATE, the core has it already."""
     best = best_rates(args)
-    options = {"seeds": 2, "subjects": "scored"}
+    options = {"subjects": "scored"}
     runs = [anchored(0.5, rate=best[SAP], **options)]
     runs += [neighbour(PRIOR, rate=best[PRIOR], early=(EQUAL_COMPUTE,), kept=(EQUAL_COMPUTE,), **options)]
     return [run for run in runs if run.tags["rate"] != RATE]

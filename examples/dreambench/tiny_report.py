@@ -44,12 +44,13 @@ COLOURS = {"SD1.5": "#1f77b4", "SDXL": "#d97706", "SD3": "#2c8a4b"}
 T975 = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t by degrees of freedom
 W0, W1, BASE, FINETUNED = "w0-pretrained", "w1-pretrained", "base", "w0.5-finetuned"
 CURVE = {W0: 0.0, "w0.25-pretrained": 0.25, SAP: 0.5, "w0.75-pretrained": 0.75, W1: 1.0}
+MASKED = {f"{run}-masked": run for run in (SAP, "w0.25-pretrained")}
 NAMES = {run: f"w = {w:g}" for run, w in CURVE.items()} | {
     BASE: "base model", PRIOR: "prior preservation", FINETUNED: "w = 0.5, finetuned anchor", "dco": "DCO",
     "dop": "output preservation", "l2": "L2 on the LoRA", f"{SAP}-masked": "w = 0.5, masks",
     "w0.25-pretrained-masked": "w = 0.25, masks"}  # fmt: skip
-STOPPED = {W0: "w = 0 stopped early", at_rate(W0, RATE / 4): f"the same, rate {RATE / 4:g}",
-           f"{W0}-rank{RANK // 8}": f"the same, rank {RANK // 8}"}  # fmt: skip
+STOPPED = {W0: "w = 0 stopped early", at_rate(W0, RATE / 4): f"rate {RATE / 4:g}, stopped early",
+           f"{W0}-rank{RANK // 8}": f"rank {RANK // 8}, stopped early"}  # fmt: skip
 METRICS = {"clip_t": "CLIP-T", "clip_i": "CLIP-I", "dino": "DINO", "fidelity": "fidelity", "drift": "drift",
            "leak": "leak", "scene": "scene right", "seconds": "seconds"}  # fmt: skip
 
@@ -70,11 +71,14 @@ class Estimate:
         """1 or -1 where the interval is above or below zero, else 0."""
         return int(self.low > 0) - int(self.high < 0)
 
-    def __str__(self) -> str:
+    def rounded(self, *numbers: float) -> str:
+        """The mean, or other numbers to as many digits."""
         digits = 1 if abs(self.mean) >= 10 else 2 if abs(self.mean) >= 2 else 3
-        numbers = [f"{number:.{digits}f}" for number in (self.mean, self.low, self.high)]
-        texts = [re.sub(r"^(-?)0\.", r"\1.", number) for number in numbers]
-        return f"{texts[0]} [{texts[1]}, {texts[2]}]" if self.subjects > 1 else texts[0]
+        texts = [f"{number:.{digits}f}" for number in numbers or [self.mean]]
+        return ", ".join(re.sub(r"^(-?)0\.", r"\1.", text) for text in texts)
+
+    def __str__(self) -> str:
+        return self.rounded() + (f" [{self.rounded(self.low, self.high)}]" if self.subjects > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -327,18 +331,24 @@ def gain(found: Found, point: str, run: str, along: int) -> Estimate | None:
 
 
 def frontier(backbones: list[Found]) -> str:
-    rows = []
+    """A row a point of the anchor: how far it lies above the lines of w = 0 that is stopped early, as it is, at a low
+    rate and at a low rank."""
+    kinds, rows = [(W0, 0), (W0, 1), *((run, 0) for run in STOPPED if run != W0)], []
     for found in backbones:
-        for point, w in CURVE.items():
-            for run, name in STOPPED.items() if w > 0 else ():
-                gains = [gain(found, point, run, along) for along in (0, 1)]
-                if gains[0] is not None:
-                    verdict = {1: "**above**", 0: "not sure", -1: "**below**"}[gains[0].side()]
-                    n = f"{gains[0].subjects} x {gains[0].seeds}"
-                    cells = ["beyond its end" if np.isnan(one.mean) else one for one in gains]
-                    rows.append([found.name, NAMES[point], name, *cells, verdict, n])
-    head = ["", "point", "against", "fidelity at equal alignment", "alignment at equal fidelity", "", "n"]
-    return table(head, rows)
+        for point in [*(point for point, w in CURVE.items() if w > 0), *MASKED]:
+            gains = [gain(found, point, *kind) for kind in kinds]
+            if gains[0] is not None:
+                sizes = dict.fromkeys(f"{one.subjects} x {one.seeds}" for one in gains if one is not None)
+                rows.append([found.name, NAMES[point], *map(marked, gains), "; ".join(sizes)])
+    titles = [f"{STOPPED[run]}: {('fidelity', 'alignment')[along]}" for run, along in kinds]
+    return table(["", "", *titles, "n"], rows)
+
+
+def marked(one: Estimate | None) -> str:
+    """In bold where the interval is without zero; a point of more fidelity than a whole line has none beside it."""
+    if one is None or np.isnan(one.mean):
+        return "not run" if one is None else "beyond its end"
+    return f"**{one}**" if one.side() else str(one)
 
 
 def rates_of(args: argparse.Namespace, found: Found) -> dict:
@@ -372,31 +382,32 @@ def budget(args: argparse.Namespace, backbones: list[Found]) -> str:
     return table(head, rows) + "\n\nRates by CLIP-T + fidelity on the tuning subjects:\n\n" + "\n".join(notes)
 
 
-def comparison(backbones: list[Found], runs: Sequence[str], against: dict[str, str], metrics: Sequence[str]) -> str:
-    """A row a run with its metrics, and what it is beyond another run in alignment, fidelity and leak."""
+def masks(backbones: list[Found]) -> str:
+    """How often the references' scenes leak with and without masks, and what masks change beside that."""
     rows = []
     for found in backbones:
-        for run in runs:
-            cells = [estimate(pairs) if (pairs := found.get(run, metric)) else None for metric in metrics]
-            other = against.get(run)
-            beyond = [found.minus(run, other, metric) if other else None for metric in ("clip_t", "fidelity", "leak")]
-            rows.append([found.name, NAMES[run], *cells, *beyond, counted(found.get(run, "clip_t"))])
-    others = {NAMES[other] for other in against.values()}
-    suffix = f"- {others.pop()}" if len(others) == 1 else "- the same without"
-    head = ["", "", *(METRICS[metric] for metric in metrics)]
-    return table([*head, *(f"{name} {suffix}" for name in ("CLIP-T", "fidelity", "leak")), "n"], rows)
-
-
-def masks(backbones: list[Found]) -> str:
-    pairs = {f"{run}-masked": run for run in (SAP, "w0.25-pretrained")}
-    runs = [BASE, W0, *(one for masked, run in pairs.items() for one in (run, masked))]
-    return comparison(backbones, runs, pairs, ("clip_t", "clip_i", "dino", "drift", "leak", "scene"))
+        for masked, run in MASKED.items():
+            if found.get(masked, "leak"):
+                leaks = [found.get(one, "leak") for one in (BASE, W0, run, masked)]
+                more = [marked(found.minus(masked, run, metric)) for metric in ("leak", "clip_t", "fidelity")]
+                leaks = [estimate(one).rounded() if one else None for one in leaks]
+                rows.append([found.name, NAMES[run], *leaks, *more, counted(found.get(masked, "leak"))])
+    head = ["", "", "leak: base model", "w = 0", "this w", "with masks", "masks' change of leak", "of CLIP-T"]
+    return table([*head, "of fidelity", "n"], rows)
 
 
 def neighbour_rows(backbones: list[Found]) -> str:
-    others = [W0, PRIOR, "dco", "dop", "l2"]
-    against = dict.fromkeys(others, SAP)
-    return comparison(backbones, [SAP, *others], against, ("clip_t", "clip_i", "dino", "drift", "leak", "seconds"))
+    """The neighbours and the baselines beside w = 0.5, and what each is beyond it."""
+    rows = []
+    for found in backbones:
+        for run in (SAP, W0, PRIOR, "dco", "dop", "l2"):
+            if found.get(run, "clip_t"):
+                values = [found.get(run, metric) for metric in ("drift", "leak", "seconds")]
+                values = [estimate(one).rounded() if one else None for one in values]
+                beyond = [marked(found.minus(run, SAP, m)) if run != SAP else None for m in ("clip_t", "fidelity")]
+                rows.append([found.name, NAMES[run], *beyond, *values, counted(found.get(run, "clip_t"))])
+    head = ["", "", "CLIP-T beyond w = 0.5", "fidelity beyond w = 0.5", "drift", "leak", "seconds", "n"]
+    return table(head, rows)
 
 
 def write_methods(file: Path, backbones: list[Found]) -> None:
