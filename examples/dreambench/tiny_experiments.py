@@ -14,10 +14,10 @@ Many trainings share a process, so that one costs its steps and not its start. P
     budget      both at the best of their three rates (tuning subjects), on the other subjects
     neighbours  DCO, differential output preservation, L2 on the LoRA
 
-Each part has as many of --seeds as `planned` says. What is there is not done again: parts, seeds, subjects and
-backbones can be asked for one by one, and a stopped command goes on. Writes loras/RUN-seedS/SUBJECT/, images/METHOD/
-as evaluate.py reads it, plain/images/METHOD/ (pictures of a prompt that names no scene), rates-BACKBONE.json and
-drift/BACKBONE/SUBJECT/drift.csv.
+All have all of --seeds but the rates and the neighbours, which have the first one. What is there is not done again:
+parts, seeds, subjects and backbones can be asked for one by one, and a stopped command goes on. Writes
+loras/RUN-seedS/SUBJECT/, images/METHOD/ as evaluate.py reads it, plain/images/METHOD/ (pictures of a prompt that names
+no scene), rates-BACKBONE.json and drift/BACKBONE/SUBJECT/drift.csv.
 """
 
 import argparse
@@ -141,8 +141,8 @@ def planned() -> dict[str, list[Run]]:
         ],
         "masks": [anchored(w, masked=True, plain=True) for w in (0.5, 0.25)],
         "frontier": [
-            anchored(0, rate=RATE / 4, seeds=1, early=EARLY, kept=EARLY),
-            anchored(0, rank=RANK // 8, seeds=1, early=EARLY, kept=EARLY),
+            anchored(0, rate=RATE / 4, early=EARLY, kept=EARLY),
+            anchored(0, rank=RANK // 8, early=EARLY, kept=EARLY),
         ],
         "rates": [run for rate in rates for run in (anchored(0.5, **rate), neighbour(PRIOR, **rate))],
         "neighbours": [neighbour(method, seeds=1, plain=True) for method in ("dco", "dop", "l2")],
