@@ -4,6 +4,7 @@
 import argparse
 import importlib
 import json
+import runpy
 import sys
 
 import numpy as np
@@ -108,7 +109,7 @@ def test_masks_cover_the_thing_and_nothing_else(scripts, args):
             assert mask[0].max() == mask[:, 0].max() == 0
 
 
-def test_a_dataset_that_the_world_did_not_draw_has_no_masks(scripts, tmp_path):
+def test_a_dataset_that_the_world_did_not_draw_has_no_masks(scripts, tmp_path, capsys, monkeypatch):
     world = tmp_path / "world"
     (world / "dataset" / "ball").mkdir(parents=True)
     (world / "dataset" / "prompts_and_classes.txt").write_bytes(
@@ -116,9 +117,13 @@ def test_a_dataset_that_the_world_did_not_draw_has_no_masks(scripts, tmp_path):
     )
     for number in range(5):
         Image.new("RGB", (64, 64)).save(world / "dataset" / "ball" / f"{number:02}.png")
-    tiny = scripts["tiny_experiments"]
-    with pytest.raises(ValueError, match="make the dataset again"):
-        tiny.main(tiny.parse_args(["--backbone=sd15", f"--output_dir={tmp_path / 'out'}", f"--world={world}"]))
+    script = FOLDER / "tiny_experiments.py"
+    arguments = ["--backbone=sd15", f"--output_dir={tmp_path / 'out'}", f"--world={world}"]
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(script), run_name="__main__")
+    told = capsys.readouterr().err
+    assert "make the dataset again" in told and "Traceback" not in told
 
 
 # --- The whole way ------------------------------------------------------------------------------------------------
@@ -213,6 +218,21 @@ def test_the_gain_over_early_stopping(scripts):
     beyond = found_of(report, **path, sap=(0.5, 0.7))
     assert np.isnan(report.gain(beyond, report.SAP, report.W0, 1).mean)
     assert "beyond its end" in report.frontier([beyond])
+
+
+def test_what_masks_change_is_said_beside_the_leaks(scripts):
+    report = scripts["tiny_report"]
+    masked = f"{report.SAP}-masked"
+    found = found_of(report, base_0=(0.8, 0.1), w0=(0.6, 0.6), sap=(0.65, 0.5), **{masked: (0.65, 0.6)})
+    for run, leak in ((report.BASE, 0.25), (report.W0, 1.0), (report.SAP, 0.75), (masked, 0.5)):
+        for subject in range(3):
+            found.put(run, 0 if run == report.BASE else 8, "leak", (f"s{subject}", 0), leak)
+    row = next(line for line in report.masks([found]).splitlines() if "w = 0.5" in line)
+    assert row.startswith("| SD1.5 | w = 0.5 | .250 | 1.000 | .750 | .500 | **-.250 [-.250, -.250]** | .000 ")
+    assert row.endswith("| **.100 [.100, .100]** | 3 x 1 |")
+    beside = report.neighbour_rows([found]).splitlines()
+    assert beside[-1].startswith("| SD1.5 | w = 0 | **-.050 [-.050, -.050]** | **.100 [.100, .100]** |")
+    assert len(beside) == 4  # what was not run has no row
 
 
 def test_numbers_are_short(scripts):

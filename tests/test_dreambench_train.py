@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -542,8 +543,9 @@ def test_the_whole_way_from_the_loras_to_the_page(scripts, loras, tmp_path):
     assert (tmp_path / "tradeoff.png").is_file()
 
 
-def test_the_command_lines_answer(scripts, capsys):
+def test_the_command_lines_answer(scripts, capsys, monkeypatch):
     for name in ("train", "generate", "neighbours"):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
         with pytest.raises(SystemExit, match="0"):
-            scripts[name].parse_args(["--help"])
+            runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
         assert "usage" in capsys.readouterr().out
