@@ -1154,6 +1154,11 @@ def load_denoiser(args: Namespace, accelerator: Accelerator, images: SubjectImag
     source = ("--pretrained_model_name_or_path", args.pretrained_model_name_or_path)
     denoiser = load_part(DENOISER_CLASS, *source, subfolder=DENOISER, **files)
     denoiser = denoiser.to(device) if config is None else denoiser
+    if config is not None and config.load_in_8bit:
+        # bitsandbytes' CUDA kernel reads past strides, and what a UNet's proj_in gets is a transposed view.
+        for layer in denoiser.modules():
+            if isinstance(layer, nn.Linear):
+                layer.register_forward_pre_hook(lambda _, inputs: tuple(one.contiguous() for one in inputs))
     if args.enable_xformers_memory_efficient_attention:
         denoiser.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline"}
 os.environ |= {"OMP_NUM_THREADS": "1"}
+os.environ |= {"CUDA_VISIBLE_DEVICES": ""}  # the same on every machine; examples/benchmark/gpu_check.py is for the GPU
 # In one run of many, two of the threads by which transformers loads weights met in torch's thread pool, which asserts.
 os.environ |= {"HF_DEACTIVATE_ASYNC_LOAD": "1"}
 sys.path.insert(0, str(ROOT))

@@ -177,6 +177,23 @@ def test_a_lora_trains_on_a_quantised_base(script, bases, photos, tmp_path, quan
     assert trained["quantised"] == trained["full"]
 
 
+@every_script
+def test_8_bit_layers_get_contiguous_inputs(script, bases, photos, tmp_path, quantising_on_the_cpu, monkeypatch):
+    """bitsandbytes' CUDA kernel ignores strides: a base whose `proj_in` gets a view trained on garbage on an H200."""
+    import bitsandbytes
+
+    seen, multiply = [], bitsandbytes.matmul
+
+    def watched(inputs, *args, **options):
+        seen.append(inputs.is_contiguous())
+        return multiply(inputs, *args, **options)
+
+    monkeypatch.setattr(bitsandbytes, "matmul", watched)
+    more = [quantised(tmp_path, load_in_8bit=True), "--train_batch_size=1", "--anchor_batch_size=1"]
+    train(script, without_pictures(bases[script], photos, tmp_path / "out", *more, steps=1))
+    assert len(seen) > 20 and all(seen)
+
+
 QUANTISATION_MISTAKES = [
     (None, "No such file"),
     ("load_in_4bit: true", "Expecting value"),
