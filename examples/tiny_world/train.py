@@ -491,10 +491,10 @@ class Prompts:
         second = CLIPTextModelWithProjection.from_pretrained(args.work / "second_text_tower")
         self.towers = [tower.to(args.device).eval().requires_grad_(False) for tower in (first, second)]
 
-    def captions(self, picks: torch.Tensor, step: int) -> list[str]:
-        """Fresh captions of the picked pictures; one in ten is empty, for classifier-free guidance."""
+    def captions(self, picks: torch.Tensor, step: int, empty: float = 0.1) -> list[str]:
+        """Fresh captions of the picked pictures; a share of them is empty, for classifier-free guidance."""
         rng = np.random.default_rng((self.seed, step))
-        return [world.caption(*self.pool[i], rng)[0] if rng.random() > 0.1 else "" for i in picks.tolist()]
+        return [world.caption(*self.pool[i], rng)[0] if rng.random() > empty else "" for i in picks.tolist()]
 
     @torch.no_grad()
     def remembered(self, captions: list[str], encode) -> list[torch.Tensor]:
@@ -599,7 +599,7 @@ def train_sd3(args: argparse.Namespace) -> None:
 
     def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
         picks = torch.randint(len(latents), (args.batch_size,), generator=generator, device=args.device)
-        tokens, *pooled = prompts.encode_both(prompts.captions(picks, step))
+        tokens, *pooled = prompts.encode_both(prompts.captions(picks, step, empty=0.25))
         tokens = torch.cat([tokens, torch.zeros_like(tokens[:, :1])], 1)
         bias[..., -1] = math.log((77, 256)[step % 2])  # the two lengths in use: trainers' and the pipeline's defaults
         clean = latents[picks].float()
@@ -617,7 +617,7 @@ def train_sd3(args: argparse.Namespace) -> None:
         )[0]
         return F.mse_loss(velocity.float(), noise - clean)
 
-    fit(args, transformer, loss_of, lr=1e-3, ema_decay=0.999)
+    fit(args, transformer, loss_of, lr=2e-3, ema_decay=0.999)
     transformer.set_attn_processor(standard)
     tokenizer_3, text_encoder_3 = silent_t5(transformer.config.joint_attention_dim)
     pipeline = StableDiffusion3Pipeline(
@@ -794,7 +794,7 @@ PARTS = {
     "attributes": (train_attributes, 300000, 64),
     "clip": (train_clip, 110000, 64),
     "vit": (train_vit, 60000, 64),
-    "sd3": (train_sd3, 500000, 32),
+    "sd3": (train_sd3, 3500000, 256),
     "sd15": (train_sd15, 240000, 32),
     "sdxl": (train_sdxl, 64000, 32),
     "dataset": (write_dataset, 0, 0),
