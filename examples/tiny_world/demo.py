@@ -38,7 +38,7 @@ MEASURE_ONLY = 1e-12
 TRAINING = {
     "sd15": {"max_train_steps": 400, "learning_rate": 2e-3},
     "sdxl": {"max_train_steps": 500, "learning_rate": 2e-3},
-    "sd3": {"max_train_steps": 300, "learning_rate": 4e-3},
+    "sd3": {"max_train_steps": 450, "learning_rate": 2.5e-3},
 }
 SHARED = {"resolution": world.SIZE, "train_batch_size": 4, "rank": 16, "checkpointing_steps": 100000}
 
