@@ -2,6 +2,7 @@
 """What broke the trainers when they were attacked: each of these lost work, hung, lied or was a traceback once."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -83,14 +84,16 @@ def test_a_stop_after_the_last_step_waits_for_the_files(moment, sd15, photos, tm
 
 @posix
 def test_a_closed_terminal_stops_a_run_as_sigterm_does_and_nohup_does_not(sd15, photos, tmp_path):
-    process = start(long_run(sd15, photos, tmp_path / "out"))
+    handled, ignored = (
+        functools.partial(signal.signal, signal.SIGHUP, how) for how in (signal.SIG_DFL, signal.SIG_IGN)
+    )
+    process = start(long_run(sd15, photos, tmp_path / "out"), preexec_fn=handled)  # the tests may run under nohup
     wait_for(tmp_path / "out" / "checkpoint-2", process)
     process.send_signal(signal.SIGHUP)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGHUP
     assert "SIGHUP: stopped after step" in err
     assert lora(tmp_path / "out")
-    ignored = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731 (as nohup does)
     process = start(long_run(sd15, photos, tmp_path / "other"), preexec_fn=ignored)
     wait_for(tmp_path / "other" / "checkpoint-2", process)
     process.send_signal(signal.SIGHUP)
