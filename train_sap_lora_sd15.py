@@ -1113,7 +1113,7 @@ def load_denoiser(args: Namespace, accelerator: Accelerator, images: SubjectImag
     denoiser = load_part(DENOISER_CLASS, *source, subfolder=DENOISER, **files)
     denoiser = denoiser.to(device) if config is None else denoiser
     if config is not None and config.load_in_8bit:
-        # bitsandbytes' CUDA kernel reads past strides, and what a UNet's proj_in gets is a transposed view.
+        # bitsandbytes' CUDA kernel ignores strides, and what a UNet's proj_in gets may be a transposed view.
         for layer in denoiser.modules():
             if isinstance(layer, nn.Linear):
                 layer.register_forward_pre_hook(lambda _, inputs: tuple(one.contiguous() for one in inputs))

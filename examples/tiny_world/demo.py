@@ -48,6 +48,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--backbone", choices=list(TRAINING), default="sd3")
     parser.add_argument("--subject", choices=list(world.SUBJECTS), default="ball")
     parser.add_argument("--steps", type=int, help="training steps of each run; by default the backbone's own")
+    parser.add_argument("--learning_rate", type=float, help="of each run; by default the backbone's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=4, help="pictures a prompt; the first is shown, all are scored")
     parser.add_argument("--guidance_scale", type=float, default=3.0)
@@ -71,6 +72,8 @@ def command(args: argparse.Namespace, weight: float, out: pathlib.Path) -> list[
     }
     if args.steps:
         options["max_train_steps"] = args.steps
+    if args.learning_rate:
+        options["learning_rate"] = args.learning_rate
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     return [f"train_sap_lora_{args.backbone}.py", *flags, "--skip_final_inference", "--report_to", "none"]
 
