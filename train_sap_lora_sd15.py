@@ -61,7 +61,7 @@ import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, ProjectConfiguration, TorchDynamoPlugin, broadcast_object_list, tqdm
+from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, tqdm
 from diffusers import AutoencoderKL, BitsAndBytesConfig
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -1121,12 +1121,12 @@ def load_denoiser(args: Namespace, accelerator: Accelerator, images: SubjectImag
         denoiser.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-    launcher = TorchDynamoPlugin().to_kwargs()  # of `accelerate launch --dynamo_backend`, which asks for it too
-    for block in denoiser.modules() if args.compile or launcher else ():
+    if args.compile:
         # Student, anchors and validation times the widths of a UNet: more graphs than dynamo makes of one function.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        if type(block).__name__ == REPEATED_BLOCK:
-            block.compile(**{"dynamic": len(set(images.windows)) > 1} | launcher)
+        for block in denoiser.modules():
+            if type(block).__name__ == REPEATED_BLOCK:
+                block.compile(dynamic=len(set(images.windows)) > 1)
     return denoiser
 
 
@@ -1907,7 +1907,9 @@ def warn_about_arguments(args: Namespace) -> None:
     given = [f"--{name}" for name, default in unused.items() if getattr(args, name) != default]
     prodigy, anchor = args.optimizer.lower() == "prodigy", args.class_prompt if args.anchor_weight > 0 else None
     identifier = args.subject_token or "sks"
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")  # which `accelerate launch` always sets
     for sentence, applies in {
+        f"the launcher's dynamo backend {backend}: unused, --compile compiles": backend.lower() != "no",
         f"{', '.join(given)}: unused, the anchor of --class_prompt replaces class images": given,
         "--use_8bit_adam: unused, the optimizer is Prodigy": prodigy and args.use_8bit_adam,
         f"--learning_rate {args.learning_rate} is small for Prodigy, which expects about 1.0":
@@ -1935,7 +1937,7 @@ def start_accelerator(args: Namespace) -> Accelerator:
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / args.logging_dir)),
-            dynamo_backend="no",  # of the whole student: see load_denoiser
+            dynamo_backend="no",  # only --compile compiles: `accelerate launch` always names a backend
             # SDXL reads its text encoders' last layer but one: the LoRA of the first one's last gets no gradient.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder)],
         )

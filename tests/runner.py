@@ -42,8 +42,7 @@ def reset() -> None:
 
 def launch(script: str, arguments: list[str], ranks: int | None = None, cwd: Path = ROOT, **environment: str):
     """The script as a user starts it: `accelerate launch`, or with `ranks` processes on the CPU by torchrun."""
-    launcher = ["accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
-    launcher += ["--dynamo_backend=no"]
+    launcher = ["accelerate.commands.launch"]
     if ranks is not None:
         launcher = ["torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
         environment["ACCELERATE_USE_CPU"] = "true"

@@ -267,7 +267,7 @@ def test_an_empty_value_is_a_mistake(name, bases, photos, tmp_path, capsys, monk
 
 
 def test_what_a_user_sees_of_a_mistake(bases, photos, tmp_path):
-    launcher = ["--quiet", "--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    launcher = ["--quiet", "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
     arguments = [f"{ROOT / SD15}.py", *flags(bases[SDXL], photos, tmp_path / "out")]
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
