@@ -131,16 +131,28 @@ def predict_anchors(
 
     Returns for each micro-step the raw prediction (B, C, h, w).
     """
-    anchors, sizes = [torch.empty(0)] * len(inputs), [model_input.shape[1:] for model_input, _, _ in inputs]
-    with evaluating(model) if source == "finetuned" else adapters_disabled(adapters or model):
-        for size in dict.fromkeys(sizes):
-            same = [i for i, other in enumerate(sizes) if other == size]
-            x, t = (torch.cat([inputs[i][part] for i in same]).split(batch_size) for part in (0, 1))
-            c = {name: torch.cat([inputs[i][2][name] for i in same]).split(batch_size) for name in inputs[0][2]}
-            found = [denoise(model, x[n], t[n], {name: parts[n] for name, parts in c.items()}) for n in range(len(x))]
-            for i, anchor in zip(same, torch.cat(found).split([len(inputs[i][0]) for i in same]), strict=True):
-                anchors[i] = anchor
-    return anchors
+    by_size: dict[torch.Size, list[int]] = {}
+    for i, (model_input, _, _) in enumerate(inputs):
+        by_size.setdefault(model_input.shape[1:], []).append(i)
+    if source == "finetuned":
+        as_source = evaluating(model)
+    else:
+        as_source = adapters_disabled(adapters or model)
+    anchors = {}
+    with as_source:
+        for members in by_size.values():
+            model_inputs = torch.cat([inputs[i][0] for i in members])
+            timesteps = torch.cat([inputs[i][1] for i in members])
+            names = inputs[members[0]][2]
+            conditioning = {name: torch.cat([inputs[i][2][name] for i in members]) for name in names}
+            predictions = []
+            for first in range(0, len(model_inputs), batch_size):
+                part = slice(first, first + batch_size)
+                of_part = {name: tensor[part] for name, tensor in conditioning.items()}
+                predictions.append(denoise(model, model_inputs[part], timesteps[part], of_part))
+            samples = [len(inputs[i][0]) for i in members]
+            anchors.update(zip(members, torch.cat(predictions).split(samples), strict=True))
+    return [anchors[i] for i in range(len(inputs))]
 
 
 def adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
@@ -149,7 +161,8 @@ def adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
     Raises `ValueError` for what `adapters_disabled` could not switch off: whole modules in the adapter
     (`modules_to_save`), merged adapters, or trained parameters outside of the adapter layers.
     """
-    layers, adapter_parts = [], set()
+    layers = []
+    adapter_parts = set()  # such as "lora_A", inside of layers
     for name, module in model.named_modules():  # parents come first
         if isinstance(module, BaseTunerLayer):
             if module.merged:
@@ -171,7 +184,9 @@ def adapters_disabled(adapters: nn.Module | Sequence[BaseTunerLayer]) -> Iterato
     a flag of each layer changes, and it is put back in any case: neither `requires_grad` nor the active adapters move,
     as they do with peft's `disable_adapters()` and `enable_adapters()`. Never run a backward pass inside.
     """
-    layers = adapter_layers(adapters) if isinstance(adapters, nn.Module) else adapters
+    layers = adapters
+    if isinstance(adapters, nn.Module):
+        layers = adapter_layers(adapters)
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:
@@ -293,6 +308,7 @@ class Run:
     scheduler: diffusers.SchedulerMixin
     record: dict  # of `describe_run`
     signals: StopRequests
+    given_up: set[str] = dataclasses.field(default_factory=set)  # what was told to have failed
 
     @property
     def device(self) -> torch.device:
@@ -325,9 +341,11 @@ class Student(nn.Module):
 
     def __init__(self, denoiser: nn.Module, text_pipeline: PIPELINE_CLASS | None = None):
         super().__init__()
-        self.denoiser, self.text_pipeline = denoiser, text_pipeline
-        encoders = TRAINABLE_TEXT_ENCODERS if text_pipeline is not None else ()
-        self.text_encoders = nn.ModuleDict({name: getattr(text_pipeline, name) for name in encoders})
+        self.denoiser = denoiser
+        self.text_pipeline = text_pipeline
+        self.text_encoders = nn.ModuleDict()
+        if text_pipeline is not None:
+            self.text_encoders.update({name: getattr(text_pipeline, name) for name in TRAINABLE_TEXT_ENCODERS})
         self.adapted = {DENOISER: denoiser, **self.text_encoders}  # what has a LoRA, by its name in the pipeline
         self.adapters = adapter_layers(denoiser)
 
@@ -340,22 +358,6 @@ class Student(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         """All that the optimizer changes."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-
-class Tokens:
-    """A tokenizer whose tokens are on the device when the pipeline asks for them there: its copy would wait."""
-
-    def __init__(self, tokenizer, device: torch.device):
-        self.tokenizer, self.device = tokenizer, device
-
-    def __getattr__(self, name: str):
-        return getattr(self.tokenizer, name)
-
-    def __call__(self, *texts, **options):
-        tokens = self.tokenizer(*texts, **options)
-        for name in tokens:
-            tokens[name] = to_device(tokens[name], self.device)
-        return tokens
 
 
 def keyed_generator(*key: int | str) -> torch.Generator:
@@ -405,35 +407,45 @@ def mask_weights(run: Run, items: list[dict], size: torch.Size) -> Tensor | floa
 def diffuse(run: Run, latents: Tensor, noise: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """The fields of a `MicroStep` that latents and noise (B, C, h, w) give at timesteps drawn from `generator`, by
     `--weighting_scheme` and from the scheduler's table."""
-    args, scheduler = run.args, run.scheduler
+    args = run.args
+    scheduler = run.scheduler
     density = diffusers.training_utils.compute_density_for_timestep_sampling(
         args.weighting_scheme, len(latents), args.logit_mean, args.logit_std, args.mode_scale, generator=generator
     )
     last = len(scheduler.timesteps) - 1
     draws = (density * (last + 1)).long().clamp(0, last)  # the mode scheme reaches 1 and can leave [0, 1]
     sigmas = to_device(scheduler.sigmas[draws].float()[:, None, None, None], run.device)
-    to_latents = bool(args.precondition_outputs)
-    return {
+    fields = {
         "model_input": (1 - sigmas) * latents + sigmas * noise,
         "timesteps": to_device(scheduler.timesteps[draws], run.device),
-        "target": latents if to_latents else noise - latents,
-        "skip": torch.full_like(sigmas, to_latents),
-        "scale": -sigmas if to_latents else torch.ones_like(sigmas),
         "sample_weights": diffusers.training_utils.compute_loss_weighting_for_sd3(args.weighting_scheme, sigmas),
     }
+    if args.precondition_outputs:
+        return fields | {"target": latents, "skip": torch.ones_like(sigmas), "scale": -sigmas}
+    return fields | {"target": noise - latents, "skip": torch.zeros_like(sigmas), "scale": torch.ones_like(sigmas)}
 
 
 def draw_micro_step(run: Run, index: int, items: list[dict]) -> MicroStep:
     """Draw latents, noise and timesteps of one batch. They depend on (seed, rank, index) and the pictures alone."""
-    args, generator = run.args, keyed_generator(run.args.seed, run.accelerator.process_index, index)
+    generator = keyed_generator(run.args.seed, run.accelerator.process_index, index)
     latents = draw_latents(run, items, generator)
     noise = to_device(torch.randn(latents.shape, generator=generator), run.device)
-    pictures, prompts, anchor_prompts = ([item[k] for item in items] for k in ("index", "prompt", "anchor_prompt"))
-    conditioning = {} if args.train_text_encoder else look_up_embeddings(run, prompts)
-    anchor_conditioning = look_up_embeddings(run, anchor_prompts) if args.anchor_weight > 0 else {}
-    mask = mask_weights(run, items, latents.shape[-2:])
-    diffused = diffuse(run, latents, noise, generator)
-    return MicroStep(index, pictures, prompts, conditioning, anchor_conditioning, mask, **diffused)
+    prompts = [item["prompt"] for item in items]
+    conditioning = {}
+    if not run.args.train_text_encoder:
+        conditioning |= look_up_embeddings(run, prompts)
+    anchor_conditioning = {}
+    if run.args.anchor_weight > 0:
+        anchor_conditioning |= look_up_embeddings(run, [item["anchor_prompt"] for item in items])
+    return MicroStep(
+        index=index,
+        pictures=[item["index"] for item in items],
+        prompts=prompts,
+        conditioning=conditioning,
+        anchor_conditioning=anchor_conditioning,
+        mask=mask_weights(run, items, latents.shape[-2:]),
+        **diffuse(run, latents, noise, generator),
+    )
 
 
 def to_target_space(prediction: Tensor, step: MicroStep) -> Tensor:
@@ -444,38 +456,62 @@ def to_target_space(prediction: Tensor, step: MicroStep) -> Tensor:
     return step.skip * step.model_input + step.scale * prediction.float()
 
 
-def loss_terms(step: MicroStep, anchor: Tensor | None, student: nn.Module, args: Namespace) -> tuple:
-    """Student forward and objective of one micro-step: loss, reconstruction term, anchor term."""
-    prediction = student(step.model_input, step.timesteps, step.conditioning, step.prompts)
-    prediction, anchor = (None if one is None else to_target_space(one, step) for one in (prediction, anchor))
-    return semantic_anchor_loss(prediction, step.target, anchor, args.anchor_weight, step.sample_weights, step.mask)
+def anchors_of(run: Run, steps: list[MicroStep]) -> list[Tensor | None]:
+    """The anchor of each of these micro-steps, from few forwards; None for each at w = 0."""
+    args = run.args
+    if args.anchor_weight == 0:
+        return [None] * len(steps)
+    inputs = [(step.model_input, step.timesteps, step.anchor_conditioning) for step in steps]
+    with run.accelerator.autocast():
+        return predict_anchors(
+            run.student.denoiser, denoise, inputs, args.anchor_batch_size, args.anchor_source, run.student.adapters
+        )
+
+
+def loss_terms(step: MicroStep, anchor: Tensor | None, student: nn.Module, args: Namespace) -> dict[str, Tensor]:
+    """Student forward and objective of one micro-step: "loss", which is trained on, and what else is logged."""
+    prediction = to_target_space(student(step.model_input, step.timesteps, step.conditioning, step.prompts), step)
+    if anchor is not None:
+        anchor = to_target_space(anchor, step)
+    loss, reconstruction, anchor_distance = semantic_anchor_loss(
+        prediction, step.target, anchor, args.anchor_weight, step.sample_weights, step.mask
+    )
+    terms = {"loss": loss, "loss/reconstruction": reconstruction}
+    if anchor is not None:
+        terms["loss/anchor"] = anchor_distance
+    return terms
+
+
+def whole_groups(start: int, stop: int, size: int) -> Iterator[range]:
+    """Groups of micro-steps that hold those from `start` to `stop`, counted from the first one of the run.
+
+    `list(whole_groups(5, 10, 4))` is `[range(4, 8), range(8, 12)]`: a resumed run puts the same samples into the same
+    anchor forward as the run that was not interrupted, and rounds alike.
+    """
+    for first in range(start - start % size, stop, size):
+        yield range(first, first + size)
 
 
 def micro_steps(run: Run, start: int) -> Iterator[tuple[MicroStep, Tensor | None]]:
-    """All micro-steps of the run from `start` on, each with its anchor (None without anchor).
-
-    Anchors are computed for groups of micro-steps, which are counted from the first one of the run and always whole:
-    a resumed run puts the same samples into the same forward as the run that was not interrupted, and rounds alike.
-    """
-    args, accelerator, images = run.args, run.accelerator, run.images
-    size = max(1, args.anchor_batch_size // args.train_batch_size) if args.anchor_weight > 0 else 1
-    if args.anchor_source == "finetuned":  # it must see the weights of its own optimizer step
-        size = max(n for n in range(1, size + 1) if args.gradient_accumulation_steps % n == 0)
+    """All micro-steps of the run from `start` on, each with its anchor (None without anchor)."""
+    args = run.args
     stop = args.max_train_steps * args.gradient_accumulation_steps
-    size = min(size, stop)
-    first, last = start // size * size, math.ceil(stop / size) * size
-    draws = images.draws(accelerator.process_index, accelerator.num_processes, first, last)
-    numbered = enumerate(images.batches(draws), first)
-    while group := list(itertools.islice(numbered, size)):
-        steps, anchors = [draw_micro_step(run, i, items) for i, items in group], [None] * size
-        if args.offload:  # where crops are drawn anew, the VAE has worked for the whole group
-            run.vae.to("cpu")
-        if args.anchor_weight > 0:
-            inputs = [(step.model_input, step.timesteps, step.anchor_conditioning) for step in steps]
-            options = (args.anchor_batch_size, args.anchor_source, run.student.adapters)
-            with accelerator.autocast():
-                anchors = predict_anchors(run.student.denoiser, denoise, inputs, *options)
-        yield from (pair for pair in zip(steps, anchors, strict=True) if start <= pair[0].index < stop)
+    size = 1
+    if args.anchor_weight > 0:
+        size = max(1, args.anchor_batch_size // args.train_batch_size)
+    if args.anchor_source == "finetuned":  # it must see the weights of its own optimizer step
+        size = math.gcd(size, args.gradient_accumulation_steps)
+    groups = list(whole_groups(start, stop, min(size, stop)))
+    rank = run.accelerator.process_index
+    draws = run.images.draws(rank, run.accelerator.num_processes, groups[0].start, groups[-1].stop)
+    with contextlib.closing(run.images.batches(draws)) as batches:
+        for group in groups:
+            steps = [draw_micro_step(run, index, next(batches)) for index in group]
+            if args.offload:  # where crops are drawn anew, the VAE has worked for the whole group
+                run.vae.to("cpu")
+            for step, anchor in zip(steps, anchors_of(run, steps), strict=True):
+                if start <= step.index < stop:
+                    yield step, anchor
 
 
 # ---- Training ----
@@ -490,14 +526,17 @@ class StopRequests:
     """
 
     def __init__(self):
-        self.deferring, self.received, self.arrival, self.previous = False, 0, 0.0, {}
+        self.deferring = False
+        self.received = 0
+        self.arrival = 0.0
+        self.previous = {}
 
     def __enter__(self) -> StopRequests:
-        in_main_thread = threading.current_thread() is threading.main_thread()  # Python allows it nowhere else
-        for name in ("SIGINT", "SIGTERM", "SIGHUP") if in_main_thread else ():
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-                self.previous[number] = signal.signal(number, self.handle) or signal.SIG_DFL
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                    self.previous[number] = signal.signal(number, self.handle) or signal.SIG_DFL
         return self
 
     def __exit__(self, *_) -> None:
@@ -505,39 +544,77 @@ class StopRequests:
             signal.signal(number, handler)
 
     def handle(self, number: int, frame) -> None:
-        if not self.deferring or self.received and time.monotonic() - self.arrival > 1:
+        asked_before = self.received != 0 and time.monotonic() - self.arrival > 1
+        if asked_before or not self.deferring:
             logger.warning(f"{signal.Signals(number).name}: stopped at once, nothing more is kept")
             sys.exit(128 + number)
-        if not self.received:
-            self.received, self.arrival = number, time.monotonic()
+        if self.received == 0:
+            self.received = number
+            self.arrival = time.monotonic()
 
 
 def agreed_signal(run: Run) -> int:
-    """The signal that asked any rank to stop, or 0; several ranks ask one another, after each optimizer step."""
-    accelerator, received = run.accelerator, run.signals.received
-    if accelerator.num_processes > 1 and accelerator.sync_gradients:
-        return int(accelerator.gather(torch.tensor([received], device=run.device)).max())
-    return received if accelerator.num_processes == 1 else 0
+    """The signal that asked any rank to stop, or 0; several ranks ask one another."""
+    received = run.signals.received
+    if run.accelerator.num_processes > 1:
+        received = int(run.accelerator.gather(torch.tensor([received], device=run.device)).max())
+    return received
 
 
 def make_optimizer(run: Run) -> torch.optim.Optimizer:
     """AdamW, 8-bit AdamW or Prodigy over the adapters, with a rate and a weight decay for each kind of module."""
-    args, groups, kind = run.args, [], torch.optim.AdamW
-    options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    args = run.args
     prodigy = args.optimizer.lower() == "prodigy"
-    if prodigy:
-        from prodigyopt import Prodigy as kind
-
-        names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
-        options |= {name: getattr(args, f"prodigy_{name}") for name in names}
-    elif args.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit as kind
+    groups = []
     for name, module in run.student.adapted.items():
-        rate, decay = args.text_encoder_lr, args.adam_weight_decay_text_encoder
-        rate, decay = (args.learning_rate, args.adam_weight_decay) if name == DENOISER else (rate, decay)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        groups.append({"params": trained, "lr": args.learning_rate if prodigy else rate, "weight_decay": decay})
-    return kind(groups, **options)
+        group = {"params": trained, "lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
+        if name != DENOISER:
+            group["weight_decay"] = args.adam_weight_decay_text_encoder
+            if not prodigy:
+                group["lr"] = args.text_encoder_lr
+        groups.append(group)
+    options = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if prodigy:
+        from prodigyopt import Prodigy
+
+        for name in ("beta3", "decouple", "use_bias_correction", "safeguard_warmup"):
+            options[name] = getattr(args, f"prodigy_{name}")
+        return Prodigy(groups, **options)
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+class LoraState:
+    """The weights that train, as a checkpoint holds them."""
+
+    def __init__(self, student: Student):
+        self.parameters = student.trained()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy the weights of a checkpoint; raises `ValueError` if they are not those of this run's layers."""
+        found = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+        wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in self.parameters.items()}
+        if found != wanted:
+            raise ValueError("its LoRA has other layers, another rank or another precision")
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(state[name])
+
+
+@dataclasses.dataclass
+class StepLog:
+    """What one optimizer step has to tell."""
+
+    step: int
+    terms: dict[str, Tensor]  # means over its micro-steps, on the device: the host runs ahead and fetches them later
+    values: dict[str, float]
+    pictures: list[int]
 
 
 @dataclasses.dataclass
@@ -547,20 +624,30 @@ class Training:
     student: nn.Module  # prepared by accelerate: in autocast, under DDP
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    parts: dict  # what a checkpoint holds: all that has `state_dict` and `load_state_dict`, by name
     step: int = 0  # the last optimizer step that is done
     saved: int = 0  # the last one that a checkpoint holds
     skipped: int = 0  # the last steps in a row that fp16's scaler skipped, as their gradients overflowed
-    waiting: list[tuple] = dataclasses.field(default_factory=list)  # for the log: terms, rate, step, pictures
+    waiting: list[StepLog] = dataclasses.field(default_factory=list)  # for the log
     images: list[Image.Image] = dataclasses.field(default_factory=list)  # of the last validation
 
 
 def start_training(run: Run, checkpoint: Path | None, start: int) -> Training:
     """Optimizer, schedule and the prepared student, as they are at the start or as a checkpoint has them."""
-    args, optimizer = run.args, make_optimizer(run)
-    steps = max(args.max_train_steps, args.lr_warmup_steps + 1)  # polynomial divides by what is left after warm-up
-    schedule = (args.lr_warmup_steps, steps, args.lr_num_cycles, args.lr_power)  # in optimizer steps
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, None, *schedule)
-    training = Training(*run.accelerator.prepare(run.student, optimizer), lr_scheduler, start, start)
+    args = run.args
+    student, optimizer = run.accelerator.prepare(run.student, make_optimizer(run))
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer.optimizer,
+        num_warmup_steps=args.lr_warmup_steps,  # in optimizer steps, all of them
+        num_training_steps=max(args.max_train_steps, args.lr_warmup_steps + 1),  # polynomial divides by what is left
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    parts = {"lora": LoraState(run.student), "optimizer": optimizer, "lr_scheduler": lr_scheduler}
+    if run.accelerator.scaler is not None:  # of fp16
+        parts["scaler"] = run.accelerator.scaler
+    training = Training(student, optimizer, lr_scheduler, parts, step=start, saved=start)
     if checkpoint is not None:
         load_checkpoint(run, training, checkpoint)
     return training
@@ -568,147 +655,204 @@ def start_training(run: Run, checkpoint: Path | None, start: int) -> Training:
 
 def train(run: Run, training: Training) -> int:
     """Run the optimizer steps that are left; returns the signal that asked to stop before their end, or 0."""
-    args, accelerator, accumulation = run.args, run.accelerator, run.args.gradient_accumulation_steps
-    parameters, terms, seen, signal_number = list(run.student.trained().values()), [], [], 0
+    args = run.args
+    accelerator = run.accelerator
+    accumulation = args.gradient_accumulation_steps
     progress = tqdm(total=args.max_train_steps, initial=training.step, desc="Steps")
-    # The bar is closed before an error is told.
-    with contextlib.closing(micro_steps(run, training.step * accumulation)) as steps, progress:
-        for step, anchor in steps:
-            # LoRA dropout draws from the global generator: key that too.
-            torch.manual_seed(
-                keyed_generator(args.seed, accelerator.process_index, step.index, "dropout").initial_seed()
-            )
-            with accelerator.accumulate(training.student):
-                loss, *parts = loss_terms(step, anchor, training.student, args)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-                training.optimizer.step()
-                training.optimizer.zero_grad()
-            terms.append(torch.stack([term.detach() for term in (loss, *parts) if term is not None]))
-            seen += step.pictures
-            if accelerator.sync_gradients:
-                training.step, lr = (step.index + 1) // accumulation, training.lr_scheduler.get_last_lr()[0]
-                skipped = {"skipped": training.skipped} if accelerator.scaler is not None else {}
-                training.waiting.append((torch.stack(terms).mean(dim=0), {"lr": lr} | skipped, training.step, seen))
-                count_skipped(run, training)
-                terms, seen, saving = [], [], training.step % args.checkpointing_steps == 0
-                if saving or training.step % args.logging_steps == 0:
-                    log_steps(run, training, progress)
-                if saving:
-                    save_checkpoint(run, training)
-            signal_number = agreed_signal(run)
-            if not signal_number and accelerator.sync_gradients and validation_is_due(args, training.step):
-                training.images = validate(run, args.validation_prompts, "validation", training.step)
-                if args.validation_data_dir is not None:
-                    log_held_out(run, training.step)
-                signal_number = agreed_signal(run)
+    # Both are closed before an error is told.
+    with contextlib.closing(micro_steps(run, training.step * accumulation)) as coming, progress:
+        while training.step < args.max_train_steps:
+            seen = []
+            pictures = []
+            for step, anchor in itertools.islice(coming, accumulation):
+                seed_dropout(run, step.index)
+                with accelerator.accumulate(training.student):
+                    terms = loss_terms(step, anchor, training.student, args)
+                    accelerator.backward(terms["loss"])
+                seen.append(terms)
+                pictures += step.pictures
+            means = {name: torch.stack([terms[name].detach() for terms in seen]).mean() for name in seen[0]}
+            update(run, training, means, pictures)
+            signal_number = after_update(run, training, progress)
             if signal_number:
                 break
         log_steps(run, training, progress)
+    return agreed_signal(run)
+
+
+def seed_dropout(run: Run, micro_step: int) -> None:
+    """Key the global generator, which LoRA dropout draws from, to the micro-step."""
+    generator = keyed_generator(run.args.seed, run.accelerator.process_index, micro_step, "dropout")
+    torch.manual_seed(generator.initial_seed())
+
+
+def update(run: Run, training: Training, terms: dict[str, Tensor], pictures: list[int]) -> None:
+    """One step of the optimizer and of the schedule; raises `RunError` if fp16's scaler skips all steps.
+
+    The schedule waits for a step that the scaler skipped, as its gradients overflowed.
+    """
+    optimizer = training.optimizer
+    run.accelerator.clip_grad_norm_(list(run.student.trained().values()), run.args.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    values = {"lr": training.lr_scheduler.get_last_lr()[0]}
+    if optimizer.step_was_skipped:
+        training.skipped += 1
+    else:
+        training.skipped = 0
+        training.lr_scheduler.step()
+    if run.accelerator.scaler is not None:
+        values["skipped"] = training.skipped
+    training.step += 1
+    training.waiting.append(StepLog(training.step, terms, values, pictures))
+    if training.skipped >= min(30, run.args.max_train_steps):
+        raise not_finite(run, f"the gradients of {training.skipped} steps in a row overflowed: nothing was learned")
+
+
+def after_update(run: Run, training: Training, progress: tqdm) -> int:
+    """Log, validate and save where that is due; returns the signal that asked to stop, or 0.
+
+    Pictures come before the checkpoint of their step: a run that is killed in between makes them again.
+    """
+    args = run.args
+    step = training.step
+    signal_number = 0
+    if run.accelerator.num_processes == 1 or step % 8 == 0:  # ranks that ask one another wait for their devices
+        signal_number = agreed_signal(run)
+    validating = validation_is_due(args, step) and not signal_number
+    saving = step % args.checkpointing_steps == 0
+    if validating or saving or step % args.logging_steps == 0:
+        log_steps(run, training, progress)
+    if validating:
+        training.images = validate(run, args.validation_prompts, "validation", step)
+        log_held_out(run, step)
+    if saving:
+        save_checkpoint(run, training)
     return signal_number
 
 
 def train_and_keep(run: Run, training: Training) -> None:
     """Train; however that ends, what was trained is on the disk before a signal or an error ends the program."""
-    args, accelerator, signals, error, signal_number = run.args, run.accelerator, run.signals, None, 0
-    signals.deferring = True
+    run.signals.deferring = True
     try:
         signal_number = train(run, training)
     except UsageError as damage:  # a picture that was whole when the run began
-        if accelerator.num_processes > 1:
-            raise  # the other ranks wait for this one in their step
-        error = damage
-    if (signal_number or error) and training.saved < training.step:
+        keep(run, training)
+        raise RunError(how_to_go_on(run, training, str(damage))) from damage
+    except (
+        RunError,
+        SystemExit,
+    ):  # numbers that are not finite, a full disk, a second signal: there is nothing to keep
+        raise
+    except BaseException as error:  # out of memory, a bug: it is shown as what it is
+        keep(run, training)
+        logger.warning(how_to_go_on(run, training, type(error).__name__))
+        raise
+    if signal_number and training.saved < training.step:
         save_checkpoint(run, training)
-    if accelerator.is_main_process and training.step > 0:
+    if run.accelerator.is_main_process and training.step > 0:
         write_results(run)
     signal_number = signal_number or agreed_signal(run)
-    signals.deferring = False
-    if signal_number or error:
-        accelerator.end_training()
-        reason = error or signal.Signals(signal_number).name
-        reason = f"{reason}: stopped after step {training.step} of {args.max_train_steps}. To go on, add "
-        reason += f"--resume_from_checkpoint latest to the same command. Written: {written(Path(args.output_dir))}"
-        if error:
-            raise RunError(reason) from error
-        logger.warning(reason)
+    run.signals.deferring = False
+    if signal_number:
+        run.accelerator.end_training()
+        logger.warning(how_to_go_on(run, training, signal.Signals(signal_number).name))
         sys.exit(128 + signal_number)
 
 
-def count_skipped(run: Run, training: Training) -> None:
-    """Let the schedule wait for a step that fp16's scaler skipped; raise `RunError` where it skips all of them."""
-    if not training.optimizer.step_was_skipped:
-        training.lr_scheduler.step()
-        training.skipped = -1
-    training.skipped += 1
-    if training.skipped >= min(30, run.args.max_train_steps):
-        raise not_finite(run, f"the gradients of {training.skipped} steps in a row overflowed: nothing was learned")
+def keep(run: Run, training: Training) -> None:
+    """Write what was trained before an error: alone all of it, among several ranks what needs no other one."""
+    free_memory()
+    if training.step == 0 or not run.accelerator.is_main_process:
+        return
+    if run.accelerator.num_processes == 1 and training.saved < training.step:
+        save_checkpoint(run, training)
+    write_results(run)
+
+
+def how_to_go_on(run: Run, training: Training, reason: str) -> str:
+    """What ended the training, what is left of it, and how to continue."""
+    steps = f"step {training.step} of {run.args.max_train_steps}"
+    files = written(Path(run.args.output_dir))
+    advice = "To go on, add --resume_from_checkpoint latest to the same command"
+    return f"{reason}: stopped after {steps}. {advice}. Written: {files}"
 
 
 def log_steps(run: Run, training: Training, progress: tqdm) -> None:
-    """Fetch and log the terms of the steps that wait, as means over micro-steps and ranks; raise `RunError` at a NaN.
-
-    Until then they stay on the device, so that the host can run ahead.
-    """
-    rows = [terms for terms, *_ in training.waiting]
-    rows = run.accelerator.reduce(torch.stack(rows), "mean").tolist() if rows else []
-    for values, (_, more, step, seen) in zip(rows, training.waiting, strict=True):
-        logs = dict(zip(("loss", "loss/reconstruction", "loss/anchor"), values, strict=False)) | more
+    """Fetch and log the terms of the steps that wait, as means over ranks; raise `RunError` at a NaN."""
+    waiting = training.waiting
+    training.waiting = []
+    if not waiting:
+        return
+    on_device = torch.stack([torch.stack(list(row.terms.values())) for row in waiting])
+    fetched = run.accelerator.reduce(on_device, "mean").tolist()
+    for row, numbers in zip(waiting, fetched, strict=True):
+        terms = dict(zip(row.terms, numbers, strict=True))
+        if not math.isfinite(terms["loss"]):
+            names = sorted({run.images.names[index] for index in row.pictures})
+            raise not_finite(run, f"the loss of step {row.step} is {terms['loss']}, with {', '.join(names[:8])}")
+        values = terms | row.values
         progress.update(1)
-        progress.set_postfix({name.removeprefix("loss/"): f"{value:.4g}" for name, value in logs.items()})
-        log(run, logs, step)
-        if not math.isfinite(values[0]):
-            names = sorted({run.images.names[index] for index in seen})
-            raise not_finite(run, f"the loss of step {step} is {values[0]}, with {', '.join(names[:8])}")
-    training.waiting.clear()
+        progress.set_postfix({name.removeprefix("loss/"): f"{value:.4g}" for name, value in values.items()})
+        log(run, values, row.step)
 
 
 def log(run: Run, values: dict[str, float], step: int) -> None:
     """Give values to the trackers and, whatever they are, a line to `metrics.jsonl`."""
-    with giving_up(run.accelerator):
+    with giving_up(run, "a tracker"):
         run.accelerator.log(values, step=step)
-        if run.accelerator.is_main_process:
+    if run.accelerator.is_main_process:
+        with giving_up(run, "metrics.jsonl"):
             with (Path(run.args.output_dir) / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step} | values) + "\n")
 
 
 @contextlib.contextmanager
-def giving_up(accelerator: Accelerator) -> Iterator[None]:
-    """Inside, a log that cannot be written (a full disk, a folder that is gone) is given up: the run goes on."""
+def giving_up(run: Run, what: str) -> Iterator[None]:
+    """Inside, what only shows how a run does may fail, by a full disk, memory, a sampler: told once, it goes on."""
     try:
         yield
-    except OSError as error:
-        logger.warning(f"No more logs, they cannot be written: {error}")
-        accelerator.trackers.clear()
+    except (OSError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, MemoryError) as error:
+        free_memory()
+        if what not in run.given_up:
+            run.given_up.add(what)
+            logger.warning(f"{what} failed, training goes on without: {type(error).__name__}: {error}")
 
 
 def not_finite(run: Run, what: str) -> RunError:
     """The error for numbers that are not finite: what they are of, likely causes, and what is left."""
-    fp16 = "--mixed_precision fp16 overflows where bf16 does not; " if run.accelerator.scaler is not None else ""
-    causes = f"--learning_rate {run.args.learning_rate:g} may be too high; {fp16}the base may be damaged"
+    causes = f"--learning_rate {run.args.learning_rate:g} may be too high; the base may be damaged"
+    if run.accelerator.scaler is not None:
+        causes += "; --mixed_precision fp16 overflows where bf16 does not"
     kept = [path.name for path in list_checkpoints(Path(run.args.output_dir))]
     return RunError(f"{what}. Likely causes: {causes}. No file changed; checkpoints: {', '.join(kept) or 'none'}")
 
 
 @torch.no_grad()
 def log_held_out(run: Run, step: int) -> None:
-    """Log the two terms on the pictures of `--validation_data_dir`, at noise and timesteps that stay the same."""
-    images, terms = run.images, []
-    with evaluating(run.student), run.accelerator.autocast():
-        for number in range(8 * (len(images) - images.count)):  # each picture eight times
-            index = images.count + number % (len(images) - images.count)
-            drawn = draw_micro_step(run, -1 - number, [images[index, (run.args.seed, "held out", number)]])
-            inputs = [(drawn.model_input, drawn.timesteps, drawn.anchor_conditioning)]
-            anchors = predict_anchors(run.student.denoiser, denoise, inputs) if run.args.anchor_weight > 0 else [None]
-            found = loss_terms(drawn, anchors[0], run.student, run.args)[1:]
-            terms.append([term for term in found if term is not None])
-    log(run, dict(zip(("val/reconstruction", "val/anchor"), torch.tensor(terms).mean(0).tolist(), strict=False)), step)
+    """Log the terms on the pictures of `--validation_data_dir`, at noise and timesteps that stay the same."""
+    images = run.images
+    held_out = range(images.count, len(images))
+    if not held_out:
+        return
+    found = []
+    with evaluating(run.student):
+        for number in range(8 * len(held_out)):  # each picture eight times
+            item = images[held_out[number % len(held_out)], (run.args.seed, "held out", number)]
+            drawn = draw_micro_step(run, -1 - number, [item])  # outside of autocast, in which a VAE may overflow
+            (anchor,) = anchors_of(run, [drawn])
+            with run.accelerator.autocast():
+                found.append(loss_terms(drawn, anchor, run.student, run.args))
+    means = {name: torch.stack([terms[name] for terms in found]).mean().item() for name in found[0]}
+    if not math.isfinite(means["loss"]):
+        raise not_finite(run, f"the loss on --validation_data_dir at step {step} is {means['loss']}")
+    log(run, {name.replace("loss/", "val/"): value for name, value in means.items() if name != "loss"}, step)
 
 
 def validation_is_due(args: Namespace, step: int) -> bool:
     """Whether pictures are made after this step: every --validation_steps, or at the end of due epochs."""
-    if args.validation_data_dir is None and not (args.validation_prompts and args.num_validation_images):
+    makes_pictures = bool(args.validation_prompts) and args.num_validation_images > 0
+    if args.validation_data_dir is None and not makes_pictures:
         return False
     if args.validation_steps is not None:
         return step % args.validation_steps == 0
@@ -1216,8 +1360,6 @@ def prepare(args: Namespace, accelerator: Accelerator, images: SubjectImages, **
     pipeline = load_text_pipeline(args, accelerator, images)
     embeddings, sampling_inputs = encode_texts(args, pipeline, images)
     pipeline = pipeline if args.train_text_encoder else None
-    for name in (name for name in BASE_PARTS if name.startswith("tokenizer") and pipeline is not None):
-        setattr(pipeline, name, Tokens(getattr(pipeline, name), accelerator.device))
     free_memory()
     vae, posteriors = encode_images(args, accelerator.device, images)
     free_memory()
@@ -1360,14 +1502,12 @@ def save_checkpoint(run: Run, training: Training) -> None:
     output_dir, limit = Path(run.args.output_dir), run.args.checkpoints_total_limit
     final = output_dir / f"checkpoint-{training.step}"
     if run.accelerator.is_main_process:
-        scaler = run.accelerator.scaler  # of fp16
-        state = {"parameters": run.student.trained(), "optimizer": training.optimizer.state_dict()}
-        state |= {"lr_scheduler": training.lr_scheduler.state_dict(), "scaler": scaler and scaler.state_dict()}
+        states = {name: part.state_dict() for name, part in training.parts.items()}
         with replacing(final) as partial:
             partial.mkdir()
             write_lora(run, partial)
             with (partial / TRAINING_FILE).open("wb") as file:  # by name, torch hides the reason of a failure
-                torch.save(state, file)
+                torch.save({"step": training.step, "parts": states}, file)
             write_state(partial / STATE_FILE, run, training.step)
         logger.info(f"Checkpoint: {final}")
         older = list_checkpoints(output_dir, training.step)
@@ -1382,16 +1522,10 @@ def load_checkpoint(run: Run, training: Training, checkpoint: Path) -> None:
     damage = (RuntimeError, EOFError, pickle.UnpicklingError)
     with explained(f"--resume_from_checkpoint {checkpoint}: {TRAINING_FILE} is refused", *damage):
         state = torch.load(checkpoint / TRAINING_FILE, map_location="cpu", weights_only=True)
-        stored, trained = state["parameters"], run.student.trained()
-        kinds = [{name: (one.shape, one.dtype) for name, one in found.items()} for found in (stored, trained)]
-        if kinds[0] != kinds[1]:
-            raise ValueError("its LoRA has other layers, another rank or another precision")
-        for name, parameter in trained.items():
-            parameter.data.copy_(stored[name])
-        training.optimizer.load_state_dict(state["optimizer"])
-        training.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        if run.accelerator.scaler is not None:
-            run.accelerator.scaler.load_state_dict(state["scaler"])
+        if state["parts"].keys() != training.parts.keys():
+            raise ValueError(f"it holds {', '.join(state['parts'])}, not {', '.join(training.parts)}")
+        for name, part in training.parts.items():
+            part.load_state_dict(state["parts"][name])
 
 
 def write_state(path: Path, run: Run, step: int) -> None:
@@ -1529,7 +1663,7 @@ def validate(run: Run, prompts: list[str], tag: str, step: int, **sampling: floa
     free_memory()
     for tracker in run.accelerator.trackers if rows else []:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        with giving_up(run.accelerator):
+        with giving_up(run, "a tracker"):
             for number, pictures in enumerate(rows.values() if tracker.name in ("tensorboard", "wandb") else []):
                 name = f"{tag}/{number}" if number else tag
                 tracker.log_images({name: np.stack([np.asarray(p) for p in pictures])}, step=step, **layout)
@@ -2009,7 +2143,7 @@ def announce(run: Run) -> None:
     if small:
         logger.warning(f"{small} of {len(images)} pictures are smaller than --resolution {args.resolution}")
     settings = {name: found for name, found in vars(args).items() if name != "hub_token"}
-    with giving_up(run.accelerator):
+    with giving_up(run, "a tracker"):
         run.accelerator.init_trackers(TRACKER, {k: v for k, v in settings.items() if isinstance(v, int | float | str)})
 
 

@@ -176,7 +176,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_explained(sd15, photos, t
 
     def overflowing(step, *rest):
         factor = float("nan") if step.index == 3 else 1.0
-        return [None if term is None else factor * term for term in loss_terms(step, *rest)]
+        return {name: factor * term for name, term in loss_terms(step, *rest).items()}
 
     train(SCRIPT, flags(sd15, photos, tmp_path, steps=1))
     before = (tmp_path / LORA_FILE).read_bytes()
@@ -197,17 +197,18 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_explained(sd15, photos, t
 def test_steps_that_fp16_skips_leave_the_schedule_and_end_a_run_that_has_no_others(sd15, photos, tmp_path):
     run = make_run(SCRIPT, flags(sd15, photos, tmp_path, steps=50))[1]
     training = sap.start_training(run, None, 0)
-    training.optimizer = types.SimpleNamespace(step_was_skipped=True)
+    nothing = {"step": lambda: None, "zero_grad": lambda: None}
+    training.optimizer = types.SimpleNamespace(step_was_skipped=True, **nothing)
     for _ in range(29):
-        sap.count_skipped(run, training)
-    assert (training.skipped, training.lr_scheduler.last_epoch) == (29, 0)
+        sap.update(run, training, {}, [])
+    assert (training.step, training.skipped, training.lr_scheduler.last_epoch) == (29, 29, 0)
     training.optimizer.step_was_skipped = False
-    sap.count_skipped(run, training)
-    assert (training.skipped, training.lr_scheduler.last_epoch) == (0, 1)
+    sap.update(run, training, {}, [])
+    assert (training.step, training.skipped, training.lr_scheduler.last_epoch) == (30, 0, 1)
     training.optimizer.step_was_skipped = True
     with pytest.raises(sap.RunError, match="the gradients of 30 steps in a row overflowed"):
         for _ in range(30):
-            sap.count_skipped(run, training)
+            sap.update(run, training, {}, [])
 
 
 @pytest.mark.parametrize("more", [[], ["--checkpointing_steps=2"]])

@@ -170,7 +170,7 @@ def test_logs_are_means_over_the_micro_steps(sd15, photos, tmp_path, monkeypatch
 
     def record(*arguments):
         terms = original(*arguments)
-        seen.append([term.item() for term in terms])
+        seen.append([term.item() for term in terms.values()])
         return terms
 
     monkeypatch.setattr(sap, "loss_terms", record)

@@ -104,8 +104,12 @@ def test_a_loss_that_is_not_finite_reaches_no_checkpoint(sd15, photos, tmp_path,
     import train_sap_lora_sd15 as sap
 
     loss_terms = sap.loss_terms
-    monkeypatch.setattr(sap, "loss_terms", lambda step, *rest: tuple(
-        term * (math.nan if step.index == 2 else 1) for term in loss_terms(step, *rest)))  # fmt: skip
+
+    def poisoned(step, *rest):
+        factor = math.nan if step.index == 2 else 1
+        return {name: factor * term for name, term in loss_terms(step, *rest).items()}
+
+    monkeypatch.setattr(sap, "loss_terms", poisoned)
     more = ["--logging_steps=100", "--checkpointing_steps=2"]
     with pytest.raises(sap.RunError, match="step 3"):
         train("train_sap_lora_sd15", without_pictures(sd15, photos, tmp_path, *more, steps=9))
