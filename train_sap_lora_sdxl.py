@@ -25,6 +25,7 @@ line, run. All that is random in a micro-step depends on (seed, rank, micro-step
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -45,6 +46,7 @@ import signal
 import sys
 import threading
 import time
+import unicodedata
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,7 +61,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, init_empty_weights
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, tqdm
 from diffusers import AutoencoderKL, BitsAndBytesConfig
@@ -67,12 +69,13 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params, find_nearest_bucket, free_memory, parse_buckets_string
+from diffusers.utils import convert_all_state_dict_to_peft, convert_unet_state_dict_to_peft
 from filelock import FileLock, Timeout
 from huggingface_hub import ModelCardData, create_repo, upload_folder
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict
+from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -937,10 +940,34 @@ def validation_is_due(args: Namespace, step: int) -> bool:
 
 # ---- The subject's pictures and captions, and which of them each micro-step sees ----
 
+# What Pillow raises for damaged pictures, beside the errors that `explained` knows.
+READING_ERRORS = (SyntaxError, AttributeError, TypeError, Image.DecompressionBombError)
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """What is in a folder, by name, without what operating systems leave there."""
+    return [path for path in sorted(folder.iterdir()) if not path.name.startswith(SYSTEM_FILES)]
+
+
+def normal_form(name: str) -> str:
+    """A file's name as others may spell it: macOS writes an accent as a letter of its own, most programs do not."""
+    return unicodedata.normalize("NFC", name)
+
+
+def open_picture(source: Path | Image.Image) -> Image.Image:
+    """A file or a dataset's picture, upright by its EXIF orientation; `ValueError` for a pipe, which may never end."""
+    if isinstance(source, Path):
+        if not source.is_file():
+            raise ValueError("it is no regular file")
+        source = Image.open(source)
+    return ImageOps.exif_transpose(source)
+
 
 def read_image(source: Path | Image.Image) -> Image.Image:
-    """Open a picture as RGB: upright by its EXIF orientation, 16 bits brought to 8, transparency over white."""
-    image = ImageOps.exif_transpose(Image.open(source) if isinstance(source, Path) else source)
+    """A picture as RGB: 16 bits and floats from 0 to 1 brought to 8 bits, transparency over white."""
+    image = open_picture(source)
+    if image.mode == "F" and image.getextrema()[1] <= 1:
+        image = image.point(lambda value: value * 255)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
     if image.has_transparency_data:
@@ -951,41 +978,64 @@ def read_image(source: Path | Image.Image) -> Image.Image:
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, with or without the mark that Windows puts before it; empty if there is no file."""
-    with explained(f"{path} is not UTF-8 text, save it as UTF-8"):
+    with explained(f"{path} is not UTF-8 text (save it as UTF-8), or cannot be read"):
         return path.read_text(encoding="utf-8-sig").rstrip() if path.is_file() else ""
 
 
 def caption_in(found: object) -> str | None:
     """A caption as a file or a column holds it, or None where that holds nothing or blanks."""
-    if found is not None and not isinstance(found, str):
+    if found is None:
+        return None
+    if not isinstance(found, str):
         raise ValueError(f"a caption must be text, not {found!r}")
-    return found.encode() and found.strip() or None if found else None
+    found.encode()  # raises where JSON names half a letter
+    return found.strip() or None
 
 
 def read_folder(name: str, field: str | None) -> tuple[list[Path], list[str | None]]:
     """The pictures of a folder, and captions from `metadata.jsonl` or from NAME.txt beside NAME.jpg."""
-    folder, field = Path(name), field or "text"
+    folder = Path(name)
+    metadata = folder / "metadata.jsonl"
     if importlib.util.find_spec("pillow_heif"):
         importlib.import_module("pillow_heif").register_heif_opener()
-    readable = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
-    files, skipped, metadata = [], [], folder / "metadata.jsonl"
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix.lower() in readable and not path.name.startswith("."):
-            files.append(path)
-        elif path != metadata and path.suffix != ".txt" and not path.name.startswith(SYSTEM_FILES):
-            skipped.append(path.name)
+    readable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = []
+    skipped = []
+    texts = {}
+    with explained(f"{folder} cannot be read"):
+        for path in list_folder(folder):
+            if path.is_file() and path.suffix.lower() in readable:
+                files.append(path)
+            elif path.suffix == ".txt":
+                texts[normal_form(path.stem)] = path
+            elif path != metadata:
+                skipped.append(path.name)
     if skipped:
-        heic = any(name.lower().endswith((".heic", ".heif")) for name in skipped)
-        advice = "; for HEIC export JPEG, or pip install pillow-heif" if heic else ""
-        logger.warning(f"{folder}: not pictures, skipped: {', '.join(skipped)}{advice}")
-    captions = {path: caption_in(read_text(path.with_suffix(".txt"))) for path in files}
+        advice = "for HEIC export JPEG, or pip install pillow-heif"
+        logger.warning(f"{folder}: not pictures, skipped: {', '.join(skipped)}; {advice}")
+    if not files:
+        raise UsageError(f"{folder} holds no picture")
+    captions = {}
+    for path in files:
+        text = texts.get(normal_form(path.stem), path.with_suffix(".txt"))
+        captions[normal_form(path.name)] = caption_in(read_text(text))
+    read_metadata(metadata, field or "text", captions)
+    return files, [captions[normal_form(path.name)] for path in files]
+
+
+def read_metadata(path: Path, field: str, captions: dict[str, str | None]) -> None:
+    """Put the captions of a `metadata.jsonl` into `captions`, by the pictures' names, which it must have."""
     form = f'{{"file_name": "00.jpg", "{field}": "a caption"}}'
-    for number, line in enumerate(read_text(metadata).split("\n"), 1):
-        with explained(f"{metadata}, line {number}: not the line of a picture, of the form {form}", TypeError):
-            row = json.loads(line.strip() or "null")
-            if row is not None:
-                captions[files[files.index(folder / row["file_name"])]] = caption_in(row[field])
-    return files, list(captions.values())
+    told = set()
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        with explained(f"{path}, line {number}: not the line of a picture, of the form {form}", TypeError):
+            if line.strip():
+                row = json.loads(line)
+                name = normal_form(str(Path(row["file_name"])))
+                if name not in captions or name in told:
+                    raise ValueError(f"{name} is no picture of this folder, or has a line already")
+                told.add(name)
+                captions[name] = caption_in(row[field])
 
 
 def read_dataset(args: Namespace) -> tuple[Sequence[Image.Image], list[str | None]]:
@@ -998,61 +1048,100 @@ def read_dataset(args: Namespace) -> tuple[Sequence[Image.Image], list[str | Non
             dataset = datasets.load_from_disk(args.dataset_name)
         else:
             dataset = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
-        dataset = dataset["train"] if isinstance(dataset, datasets.DatasetDict) else dataset
+        if isinstance(dataset, datasets.DatasetDict):
+            dataset = dataset["train"]
     for flag in ("image_column", "caption_column"):
         column = getattr(args, flag)
         if column is not None and column not in dataset.column_names:
             raise UsageError(f"--{flag} {column} is not one of the columns {', '.join(dataset.column_names)}")
-    captions = dataset[args.caption_column] if args.caption_column else [None] * len(dataset)
+    if len(dataset) == 0:
+        raise UsageError(f"{args.dataset_name} holds no picture")
+    captions = [None] * len(dataset)
     columns = f"--image_column {args.image_column} or --caption_column {args.caption_column}"
     with explained(columns, TypeError, NotImplementedError):
-        images = dataset.cast_column(args.image_column, datasets.Image())[args.image_column]
-        return images, [caption_in(caption) for caption in captions]
+        if args.caption_column is not None:
+            captions = [caption_in(caption) for caption in dataset[args.caption_column]]
+        return dataset.cast_column(args.image_column, datasets.Image())[args.image_column], captions
+
+
+def bucket_sizes(args: Namespace) -> list[tuple[int, int]]:
+    """The sizes (height, width) that pictures are brought to, as the flags name them; none means a square."""
+    if args.aspect_ratio_buckets is not None:
+        return parse_buckets_string(args.aspect_ratio_buckets)
+    if args.use_aspect_ratio_buckets:
+        return diffusers.training_utils.generate_aspect_ratio_buckets(args.resolution, LATENT_STRIDE)
+    return []
+
+
+def covering_size(size: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
+    """The size (height, width) of a picture that is resized to just cover its window."""
+    scale = max(window[0] / size[0], window[1] / size[1])
+    return round(size[0] * scale), round(size[1] * scale)
+
+
+def check_mask(mask: Image.Image, size: tuple[int, int]) -> None:
+    """Raise `ValueError` for a mask that is not of the photo's size (height, width), black, or inverted."""
+    white = np.asarray(mask).mean() / 255
+    if mask.size != size[::-1]:
+        sizes = f"{mask.width} x {mask.height} pixels, and the photo, turned as its EXIF says, {size[1]} x {size[0]}"
+        raise ValueError(f"it has {sizes}")
+    if white == 0 or white > 0.9:
+        raise ValueError(f"{white:.0%} of it is white, for the subject; is it inverted, or opaque?")
 
 
 class SubjectImages:
     """The subject's pictures with their captions and anchor captions, and the order in which a run sees them.
 
     An item depends on nothing but the draw (index, key) that asks for it. Pictures are opened when they are needed
-    and not kept; at the start each is opened once, so that a damaged one is found before a model is loaded.
+    and not kept; at the start each is opened once, so that a damaged one is found before a model is loaded. Those
+    held out come last and change nothing for the others.
     """
 
     def __init__(self, args: Namespace):
         self.args = args
-        folder, held_out = args.instance_data_dir, args.validation_data_dir
-        images, captions = read_dataset(args) if folder is None else read_folder(folder, args.caption_column)
-        more, their_captions = read_folder(held_out, args.caption_column) if held_out is not None else ([], [])
-        if not images or held_out is not None and not more:
-            raise UsageError(f"{held_out if images else folder or args.dataset_name} holds no picture")
-        self.count, self.images = len(images), ConcatDataset([images, more])  # to train on, then those held out
-        names = [f"picture {i}" for i in range(self.count)] if folder is None else [path.name for path in images]
-        self.names = names + [path.name for path in more]
-        self.caption_all(captions + their_captions)
-        progress = tqdm(range(len(self)), desc="Reading pictures", leave=False)
-        self.sizes = [self.read(i).size[::-1] for i in progress]  # (height, width)
+        if args.instance_data_dir is None:
+            images, captions = read_dataset(args)
+            self.names = [f"picture {index}" for index in range(len(images))]
+        else:
+            images, captions = read_folder(args.instance_data_dir, args.caption_column)
+            self.names = [path.name for path in images]
+        self.count = len(images)  # to train on
+        self.images = images
+        if args.validation_data_dir is not None:
+            held_out, their_captions = read_folder(args.validation_data_dir, args.caption_column)
+            self.names += [path.name for path in held_out]
+            self.images = ConcatDataset([images, held_out])
+            captions += their_captions
+        self.caption_all(captions)
+        self.sizes = self.read_sizes()  # (height, width)
+        self.masks = self.read_masks()
         buckets = [(args.resolution, args.resolution)]
         if args.aspect_ratio_buckets is not None:
             buckets = parse_buckets_string(args.aspect_ratio_buckets)
         elif args.use_aspect_ratio_buckets:
             buckets = diffusers.training_utils.generate_aspect_ratio_buckets(args.resolution, LATENT_STRIDE)
-        self.masks = self.read_masks()
-        self.windows = [buckets[find_nearest_bucket(*size, buckets)] for size in self.sizes]
-        scales = [max(H / h, W / w) for (h, w), (H, W) in zip(self.sizes, self.windows, strict=True)]
-        # The pictures' sizes when they are resized to just cover their windows.
-        self.covering = [(round(h * s), round(w * s)) for (h, w), s in zip(self.sizes, scales, strict=True)]
+        self.windows = []  # what of a picture is seen, (height, width)
+        self.covering = []  # the size of a picture that is resized to just cover its window
+        for height, width in self.sizes:
+            window = buckets[find_nearest_bucket(height, width, buckets)]
+            scale = max(window[0] / height, window[1] / width)
+            self.windows.append(window)
+            self.covering.append((round(height * scale), round(width * scale)))
         in_buckets = args.aspect_ratio_buckets is not None or args.use_aspect_ratio_buckets
-        centred = args.center_crop or in_buckets or self.covering == self.windows
+        nothing_is_cut = self.covering[: self.count] == self.windows[: self.count]
+        centred = args.center_crop or in_buckets or nothing_is_cut
         self.cacheable = centred or args.cache_latents
-        crops = (torch.rand(2, generator=keyed_generator(args.seed, "crop", i)).tolist() for i in range(len(self)))
-        # Where latents are cached, and pictures held out.
-        self.fixed_centering = [
-            (0.5, 0.5) if centred or i >= self.count else tuple(crop) for i, crop in enumerate(crops)
-        ]
+        self.fixed_centering = [(0.5, 0.5)] * len(self)  # where latents are cached, and pictures held out
+        for index in range(0 if centred else self.count):
+            crop = torch.rand(2, generator=keyed_generator(args.seed, "crop", index))
+            self.fixed_centering[index] = tuple(crop.tolist())
         self.batches_per_epoch = len(self.epoch(0))
 
     def caption_all(self, captions: list[str | None]) -> None:
         """Give every picture its caption, or the instance prompt, and the anchor's caption."""
-        args, missing, anchored = self.args, captions.count(None), self.args.anchor_weight > 0
+        args = self.args
+        anchored = args.anchor_weight > 0
+        missing = captions.count(None)
         if missing < len(captions):
             stands_in = ", --instance_prompt stands in for the others" if missing else ""
             logger.info(f"Captions: found for {len(captions) - missing} of {len(captions)} pictures{stands_in}")
@@ -1061,13 +1150,14 @@ class SubjectImages:
             logger.warning(f'The captions differ and all are anchored to "{args.class_prompt}", {advice}')
         if anchored and args.class_prompt is None and missing:
             raise UsageError(f"--class_prompt is needed for the {missing} pictures without a caption")
-        self.captions, self.anchor_captions = [caption or args.instance_prompt for caption in captions], []
-        for caption in captions:
-            anchor = args.class_prompt or ""
-            if caption is not None and args.subject_token is not None and anchored:
-                with explained("--subject_token"):
-                    anchor = anchor_caption(caption, args.subject_token, args.class_token or "")
-            self.anchor_captions.append(anchor)
+        self.captions = [caption or args.instance_prompt for caption in captions]
+        self.anchor_captions = [args.class_prompt or ""] * len(captions)
+        if anchored and args.subject_token is not None:
+            for index, caption in enumerate(captions):
+                if caption is not None:
+                    with explained("--subject_token"):
+                        anchor = anchor_caption(caption, args.subject_token, args.class_token or "")
+                    self.anchor_captions[index] = anchor
 
     def __len__(self) -> int:
         return len(self.images)
@@ -1075,20 +1165,50 @@ class SubjectImages:
     def read(self, index: int) -> Image.Image:
         """One picture; raises `UsageError`, with its name, if it cannot be read."""
         place = self.args.instance_data_dir or self.args.dataset_name
-        errors = (SyntaxError, AttributeError, TypeError, Image.DecompressionBombError)
-        with explained(f"{self.names[index]} of {place} cannot be read as a picture, mend or remove it", *errors):
+        if index >= self.count:
+            place = self.args.validation_data_dir
+        with explained(
+            f"{self.names[index]} of {place} cannot be read as a picture, mend or remove it", *READING_ERRORS
+        ):
             return read_image(self.images[index])
+
+    def read_sizes(self) -> list[tuple[int, int]]:
+        """Read each picture once, for its size (height, width); warn of those that cannot be meant."""
+        sizes = []
+        empty = []
+        trained = set()
+        both = []
+        for index in tqdm(range(len(self)), desc="Reading pictures", leave=False):
+            image = self.read(index)
+            sizes.append((image.height, image.width))
+            if all(low == high for low, high in image.getextrema()):
+                empty.append(self.names[index])
+            content = fingerprint(image)
+            if index < self.count:
+                trained.add(content)
+            elif content in trained:
+                both.append(self.names[index])
+        if empty:
+            logger.warning(f"Of one colour, is that meant? {', '.join(empty)}")
+        if both:
+            logger.warning(f"--validation_data_dir: {', '.join(both)} are among the pictures to train on, too")
+        return sizes
 
     def __getitem__(self, draw: tuple[int, tuple]) -> dict:
         """Crop, mirror and caption of one sample as drawn from its key; pixels only where latents are not cached."""
         index, key = draw
         left, top, flip, drop = torch.rand(4, generator=keyed_generator(*key)).tolist()
         trains = index < self.count  # those held out are always seen alike
-        item = {"index": index, "flipped": self.args.random_flip and flip < 0.5 and trains}
-        item["centering"] = self.fixed_centering[index] if self.cacheable or not trains else (left, top)
-        item["pixel_values"] = None if self.cacheable else self.pixel_values(*item.values())
-        texts = self.captions[index], self.anchor_captions[index]
-        item["prompt"], item["anchor_prompt"] = ("", "") if trains and drop < self.args.caption_dropout else texts
+        flipped = trains and self.args.random_flip and flip < 0.5
+        centering = (left, top)
+        if self.cacheable or not trains:
+            centering = self.fixed_centering[index]
+        item = {"index": index, "flipped": flipped, "centering": centering, "pixel_values": None}
+        if not self.cacheable:
+            item["pixel_values"] = self.pixel_values(index, flipped, centering)
+        dropped = trains and drop < self.args.caption_dropout
+        item["prompt"] = "" if dropped else self.captions[index]
+        item["anchor_prompt"] = "" if dropped else self.anchor_captions[index]
         return item
 
     def pixel_values(self, index: int, flipped: bool, centering: tuple[float, float]) -> Tensor:
@@ -1097,112 +1217,172 @@ class SubjectImages:
         image = self.fit(self.read(index), index, flipped, centering, method)
         return VaeImageProcessor(do_resize=False).preprocess(image)[0]
 
-    @functools.lru_cache(maxsize=256)  # noqa: B019 (as above)
+    @functools.lru_cache(maxsize=256)  # noqa: B019 (the pictures live as long as the run)
     def mask(self, index: int, flipped: bool, centering: tuple[float, float]) -> Tensor:
-        """The mask of a picture, mirrored, resized and cropped as that is: (1, h, w) in [0, 1], 1 on the subject."""
+        """The mask of a picture, cropped as that is, for each of its latents: (1, h / 8, w / 8), 1 on the subject."""
         mask = self.fit(self.masks[index], index, flipped, centering, "BOX")
-        return torch.from_numpy(np.asarray(mask, np.float32) / 255)[None]
+        return nn.functional.avg_pool2d(torch.from_numpy(np.asarray(mask, np.float32) / 255)[None], 8)
 
     def fit(self, image: Image.Image, index: int, flipped: bool, centering: tuple, method: str) -> Image.Image:
         """A picture, or its mask, mirrored if need be, resized to cover its window and cropped."""
-        image = ImageOps.mirror(image) if flipped else image
+        if flipped:
+            image = ImageOps.mirror(image)
         return ImageOps.fit(image, self.windows[index][::-1], method=Image.Resampling[method], centering=centering)
 
     def read_masks(self) -> list[Image.Image]:
         """For each picture the grey one of its name in `--mask_dir`, or what `--alpha_mask` sees in it; none at all
         without these flags. Raises `UsageError` for one that is missing, left over, misshapen, black or inverted."""
-        args, folder, masks = self.args, self.args.mask_dir and Path(self.args.mask_dir), []
-        files = {path.stem: path for path in sorted(folder.iterdir())} if folder else {}
-        wrong = sorted({Path(name).stem for name in self.names[: self.count]} ^ set(files)) if folder else []
-        if wrong:
-            raise UsageError(f"--mask_dir {folder}: a mask or a photo without the other: {', '.join(wrong)}")
-        for index in range(self.count) if folder or args.alpha_mask else ():
-            source, name = self.images[index], self.names[index]
-            source = files[Path(name).stem] if folder else source
-            with explained(f"--mask_dir or --alpha_mask: the mask of {name}", SyntaxError):
-                image = ImageOps.exif_transpose(Image.open(source) if isinstance(source, Path) else source)
-                masks.append(image.convert("L") if folder else image.convert("RGBA").getchannel("A"))
-                (width, height), white = masks[-1].size, np.asarray(masks[-1]).mean() / 255
-                if (height, width) != self.sizes[index]:
-                    raise ValueError(f"it has {width} x {height} pixels, not the photo's")
-                if white == 0 or white > 0.9:
-                    raise ValueError(f"{white:.0%} of it is white, for the subject; is it inverted, or opaque?")
+        if self.args.mask_dir is not None:
+            sources = self.mask_files(Path(self.args.mask_dir))
+        elif self.args.alpha_mask:
+            sources = [self.images[index] for index in range(self.count)]
+        else:
+            return []
+        masks = []
+        for index, source in enumerate(sources):
+            with explained(f"--mask_dir or --alpha_mask: the mask of {self.names[index]}", *READING_ERRORS):
+                image = open_picture(source)
+                mask = image.convert("RGBA").getchannel("A") if self.args.alpha_mask else image.convert("L")
+                check_mask(mask, self.sizes[index])
+            masks.append(mask)
         return masks
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 (the pictures live as long as the run)
+    def mask_files(self, folder: Path) -> list[Path]:
+        """For each picture to train on its file in `--mask_dir`; raises `UsageError` for one without the other."""
+        files = {}
+        with explained(f"--mask_dir {folder}"):
+            for path in list_folder(folder):
+                stem = normal_form(path.stem)
+                if stem in files:
+                    raise ValueError(f"{files[stem].name} and {path.name} are two masks for one photo")
+                files[stem] = path
+        stems = [normal_form(Path(name).stem) for name in self.names[: self.count]]
+        alone = sorted(files.keys() ^ set(stems))
+        if alone:
+            raise UsageError(f"--mask_dir {folder}: a mask or a photo without the other: {', '.join(alone)}")
+        return [files[stem] for stem in stems]
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (as above)
     def epoch(self, number: int) -> list[list[int]]:
         """The batches of one epoch, lists of picture indices, the same on all ranks.
 
         An epoch deals every picture (`repeats` times) to batches of one size: pictures of one window make batches
         together, and the last batch of a window is filled up from its first pictures, so all batches weigh the same.
         """
-        generator, batches, size = keyed_generator(self.args.seed, "epoch", number), [], self.args.train_batch_size
+        generator = keyed_generator(self.args.seed, "epoch", number)
+        size = self.args.train_batch_size
+        batches = []
         for window in sorted(set(self.windows[: self.count])):
-            members = [i for i in range(self.count) if self.windows[i] == window] * self.args.repeats
-            shuffled = [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
-            filled = itertools.cycle(shuffled)
-            batches += [list(itertools.islice(filled, size)) for _ in range(math.ceil(len(members) / size))]
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+            members = [index for index in range(self.count) if self.windows[index] == window] * self.args.repeats
+            order = torch.randperm(len(members), generator=generator).tolist()
+            dealt = itertools.cycle(members[place] for place in order)
+            for _ in range(math.ceil(len(members) / size)):
+                batches.append(list(itertools.islice(dealt, size)))
+        return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
 
     def draws(self, rank: int, ranks: int, start: int, stop: int) -> Iterator[list[tuple[int, tuple]]]:
         """For each micro-step of one rank the draws (index, key) of its batch; the ranks take the batches in turn."""
         for micro_step in range(start, stop):
             number, position = divmod(micro_step * ranks + rank, self.batches_per_epoch)
             batch = self.epoch(number)[position]
-            yield [(index, (self.args.seed, rank, micro_step, i)) for i, index in enumerate(batch)]
+            yield [(index, (self.args.seed, rank, micro_step, place)) for place, index in enumerate(batch)]
 
     def batches(self, draws: Iterator[list[tuple[int, tuple]]]) -> Iterator[list[dict]]:
         """The items of each batch of draws. Threads, which Pillow lets run side by side, crop those of coming ones."""
-        workers, waiting = 0 if self.cacheable else self.args.dataloader_num_workers, []
+        workers = 0 if self.cacheable else self.args.dataloader_num_workers
+        waiting = collections.deque()
         with ThreadPoolExecutor(max(1, workers)) as pool:
             for batch in draws:
-                waiting.append([pool.submit(self.__getitem__, draw) for draw in batch])
+                waiting.append(pool.map(self.__getitem__, batch))
                 if len(waiting) > 2 * workers:
-                    yield [item.result() for item in waiting.pop(0)]
-            yield from ([item.result() for item in items] for items in waiting)
+                    yield list(waiting.popleft())
+            for items in waiting:
+                yield list(items)
 
 
 # ---- The parts of the base, in stages: text encoders, then the VAE, then the denoiser ----
 
+LATENT_SCALE = ("scaling_factor",)  # of the VAE's configuration
+KNOWN_MODELS = (DENOISER_CLASS.__name__, "CLIPTextModel", "CLIPTextModelWithProjection")
+
 
 def check_base(args: Namespace) -> None:
     """Read the base's index, configurations and, in a local folder, headers; raise `UsageError` if they do not fit."""
-    base, revision = args.pretrained_model_name_or_path, {"revision": args.revision}
-    flag, folder = f"--pretrained_model_name_or_path {base}", Path(base)
+    base = args.pretrained_model_name_or_path
+    flag = f"--pretrained_model_name_or_path {base}"
+    folder = Path(base)
     if folder.is_file():
-        raise UsageError(f"{flag} is a file: from_single_file and save_pretrained of diffusers make a folder of it")
-    with explained(f"{flag} {'cannot be loaded' if folder.exists() else 'is no folder, and the hub has it not'}"):
-        index = PIPELINE_CLASS.load_config(base, **revision)
-        parts = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and entry[1]}
-        missing, foreign = [n for n in BASE_PARTS if n not in parts], [n for n in FOREIGN_PARTS if n in parts]
-        foreign += [parts[DENOISER]] if parts.get(DENOISER) not in (None, DENOISER_CLASS.__name__) else []
-        if missing or foreign:
-            wrong = f"with {', '.join(foreign)}" if foreign else f"without {', '.join(missing)}"
-            raise UsageError(f"{flag} is a {index.get('_class_name')} {wrong}: {BASE_KIND}")
-        for name in BASE_PARTS if folder.is_dir() else ():
-            check_folder(folder / name, args.variant)
-        reads = DENOISER_CLASS.load_config(base, subfolder=DENOISER, **revision)["in_channels"]
+        convert = f"{PIPELINE_CLASS.__name__}.from_single_file({base!r}).save_pretrained({folder.stem!r})"
+        command = f'python -c "import diffusers; diffusers.{convert}"'
+        raise UsageError(f"{flag} is a single file: make a folder of it, once, and pass that: {command}")
+    trouble = "cannot be used" if folder.exists() else "is no folder, and the hub has it not"
+    with explained(f"{flag} {trouble}", TypeError, AttributeError, RuntimeError):
+        check_index(flag, PIPELINE_CLASS.load_config(base, revision=args.revision))
+        if folder.is_dir():
+            for name in BASE_PARTS:
+                check_folder(folder / name, args.variant)
+        config = DENOISER_CLASS.load_config(base, subfolder=DENOISER, revision=args.revision)
+        check_denoiser(args, config)
+        if training_scheduler(args).config.num_train_timesteps < 2:
+            raise ValueError("its scheduler has one timestep")
     flag, source, files = vae_source(args)
-    with explained(f"{flag} {source} cannot be loaded"):
-        makes = AutoencoderKL.load_config(source, **files)["latent_channels"]
-    if reads != makes:  # inpainting, editing, a VAE of another kind of base
-        latents = f"the VAE's latents have {makes} channels and the {DENOISER} of {base} reads {reads}"
-        raise UsageError(f"{flag} {source}: {latents}; bases for inpainting or editing cannot be trained")
+    with explained(f"{flag} {source} cannot be used"):
+        vae_config = AutoencoderKL.load_config(source, **files)
+        for name in LATENT_SCALE:
+            if not isinstance(vae_config.get(name, 1.0), float | int):
+                raise ValueError(f"its VAE's {name} is no number")
+        reads = config["in_channels"]
+        makes = vae_config["latent_channels"]
+        if reads != makes:  # inpainting, editing, a VAE of another kind of base
+            latents = f"the VAE's latents have {makes} channels and the {DENOISER} of {base} reads {reads}"
+            raise ValueError(f"{latents}; bases for inpainting or editing cannot be trained")
+
+
+def check_index(flag: str, index: dict) -> None:
+    """Raise `UsageError` if a pipeline, by its `model_index.json`, is not of the kind that this script trains."""
+    parts = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and entry[1]}
+    wrong = [f"with {name}" for name in FOREIGN_PARTS if name in parts]
+    wrong += [f"without {name}" for name in BASE_PARTS if name not in parts]
+    for name in (DENOISER, *TRAINABLE_TEXT_ENCODERS):
+        if name in parts and parts[name] not in KNOWN_MODELS:
+            wrong.append(f"with {parts[name]}")
+    if wrong:
+        raise UsageError(f"{flag} is a {index.get('_class_name')} {', '.join(wrong)}: {BASE_KIND}")
+
+
+def check_denoiser(args: Namespace, config: dict) -> None:
+    """Raise `ValueError` for a denoiser that reads other embeddings than the text encoders make, `UsageError` for one
+    without a layer of `--lora_layers`."""
+    base = args.pretrained_model_name_or_path
+    width = 0
+    for name in TRAINABLE_TEXT_ENCODERS:
+        text_config = transformers.CLIPTextConfig.from_pretrained(base, subfolder=name, revision=args.revision)
+        width += text_config.hidden_size
+    reads = config.get("cross_attention_dim", width)
+    if reads != width:
+        raise ValueError(f"its {DENOISER} reads {reads} numbers a token and its text encoders make {width}")
+    if args.lora_layers is not None:
+        with init_empty_weights():
+            names = [f".{name}" for name, _ in DENOISER_CLASS.from_config(config).named_modules()]
+        for layer in args.lora_layers.split(","):
+            if not any(name.endswith(f".{layer.strip()}") for name in names):
+                raise UsageError(f"--lora_layers: no layer of the {DENOISER} ends in {layer.strip()}")
 
 
 def check_folder(folder: Path, variant: str | None) -> None:
     """Look for the files of one part of the base; of weights only the headers are read, but whole they must be."""
-    kind, weights, wrong = folder.name.split("_")[0], sorted(folder.glob("*.safetensors")), None
+    kind = folder.name.split("_")[0]
     configuration = f"{kind}_config.json" if kind in ("tokenizer", "scheduler") else "config.json"
-    stems = [re.sub(r"-\d+-of-\d+", "", path.stem) for path in weights]
     if not (folder / configuration).is_file():
-        wrong = f"{folder / configuration} is missing; get the folder again"
-    elif configuration == "config.json" and not weights:
-        wrong = f"{folder} holds no weights in the safetensors format"
-    elif kind in (DENOISER, "vae") and not any(stem.partition(".")[2] == (variant or "") for stem in stems):
-        wrong = f"{folder} has only {weights[0].name}, see --variant"
-    if wrong:
-        raise UsageError(f"--pretrained_model_name_or_path: {wrong}")
+        raise ValueError(f"{folder / configuration} is missing; get the folder again")
+    if configuration != "config.json":
+        return
+    weights = [path for path in list_folder(folder) if path.suffix == ".safetensors" and path.is_file()]
+    variants = {re.sub(r"-\d+-of-\d+", "", path.stem).partition(".")[2] for path in weights}
+    if not weights:
+        raise ValueError(f"{folder} holds no weights in the safetensors format")
+    if variants.isdisjoint(("", variant)):
+        raise ValueError(f"{folder} has only {weights[0].name}, see --variant")
     for path in weights:
         with explained(f"--pretrained_model_name_or_path: {path} is damaged, get it again"), safe_open(path, "pt"):
             pass
@@ -1224,9 +1404,15 @@ def vae_source(args: Namespace) -> tuple[str, str, dict]:
 
 
 def load_part(kind: type, flag: str, source: str, **files) -> nn.Module:
-    """A frozen model of the base; raises `UsageError` if weights are missing: the library would make them up."""
+    """A frozen model, of `--variant` where it has that; raises `UsageError` if weights are missing: the library would
+    make them up."""
     with explained(f"{flag} {source} cannot be loaded", RuntimeError):
-        model, info = kind.from_pretrained(source, **files, output_loading_info=True)
+        try:
+            model, info = kind.from_pretrained(source, **files, output_loading_info=True)
+        except OSError:
+            if files.pop("variant", None) is None:
+                raise
+            model, info = kind.from_pretrained(source, **files, output_loading_info=True)
     wrong = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
     if wrong:
         lacks = f"{kind.__name__} lacks {len(wrong)} weights, such as {wrong[0]}"
@@ -1236,14 +1422,30 @@ def load_part(kind: type, flag: str, source: str, **files) -> nn.Module:
 
 def load_text_pipeline(args: Namespace, accelerator: Accelerator, images: SubjectImages) -> PIPELINE_CLASS:
     """The base without denoiser and VAE: tokenizers, text encoders, `encode_prompt` and the scheduler."""
-    base, files = args.pretrained_model_name_or_path, base_files(args, accelerator)
-    kinds, parts = PIPELINE_CLASS.load_config(base, revision=args.revision), {DENOISER: None, "vae": None}
-    for name in (name for name in BASE_PARTS if name.startswith("text_encoder")):
+    base = args.pretrained_model_name_or_path
+    files = base_files(args, accelerator)
+    kinds = PIPELINE_CLASS.load_config(base, revision=args.revision)
+    parts = {DENOISER: None, "vae": None}
+    for name in TRAINABLE_TEXT_ENCODERS:
         kind = getattr(transformers, kinds[name][1])
         parts[name] = load_part(kind, "--pretrained_model_name_or_path", base, subfolder=name, **files)
     with explained(f"--pretrained_model_name_or_path {base} cannot be loaded"):
         pipeline = PIPELINE_CLASS.from_pretrained(base, **parts, **UNUSED_PARTS, **files)
-    return pipeline.to("cpu" if args.offload and not args.train_text_encoder else accelerator.device)
+    check_tokenizers(pipeline)
+    if args.train_text_encoder or not args.offload:
+        pipeline.to(accelerator.device)
+    return pipeline
+
+
+def check_tokenizers(pipeline: PIPELINE_CLASS) -> None:
+    """Raise `UsageError` for a tokenizer with tokens that its text encoder does not know."""
+    for name in TRAINABLE_TEXT_ENCODERS:
+        tokens = len(getattr(pipeline, name.replace("text_encoder", "tokenizer")))
+        rows = getattr(pipeline, name).get_input_embeddings().num_embeddings
+        if tokens > rows:
+            raise UsageError(
+                f"the tokenizer of the base or of --tokenizer_name has {tokens} tokens, {name} knows {rows}"
+            )
 
 
 def encode_prompts(pipeline: PIPELINE_CLASS, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
@@ -1252,9 +1454,11 @@ def encode_prompts(pipeline: PIPELINE_CLASS, prompts: list[str], device: torch.d
     An empty prompt (caption dropout) gives what the sampler takes for one: zeros, where the pipeline says so.
     """
     embeds, _, pooled, _ = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
-    zeroed = pipeline.config.force_zeros_for_empty_prompt
-    kept = to_device(torch.tensor([float(prompt != "" or not zeroed) for prompt in prompts]), device).to(embeds.dtype)
-    return {"encoder_hidden_states": embeds * kept[:, None, None], "text_embeds": pooled * kept[:, None]}
+    if pipeline.config.force_zeros_for_empty_prompt:
+        kept = to_device(torch.tensor([float(prompt != "") for prompt in prompts]), device).to(embeds.dtype)
+        embeds = embeds * kept[:, None, None]
+        pooled = pooled * kept[:, None]
+    return {"encoder_hidden_states": embeds, "text_embeds": pooled}
 
 
 def encode_for_sampling(pipeline: PIPELINE_CLASS, prompt: str) -> dict[str, Tensor]:
@@ -1265,7 +1469,8 @@ def encode_for_sampling(pipeline: PIPELINE_CLASS, prompt: str) -> dict[str, Tens
 
 def denoise(model: nn.Module, model_input: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
     """The denoiser's raw prediction, shaped as `model_input` (B, C, h, w), in the dtype of its weights."""
-    states, added = conditioning["encoder_hidden_states"], {k: conditioning[k] for k in ("text_embeds", "time_ids")}
+    states = conditioning["encoder_hidden_states"]
+    added = {name: conditioning[name] for name in ("text_embeds", "time_ids")}
     return model(model_input.to(states.dtype), timesteps, states, added_cond_kwargs=added, return_dict=False)[0]
 
 
@@ -1274,14 +1479,20 @@ def training_scheduler(args: Namespace) -> diffusers.SchedulerMixin:
     predicts something else than noise or v, or if `--snr_gamma` would weigh EDM a second time."""
     base = args.pretrained_model_name_or_path
     config = diffusers.DDPMScheduler.load_config(base, subfolder="scheduler", revision=args.revision)
-    edm = [kind for kind in EDM_SCHEDULERS if kind.__name__ == config["_class_name"]]
-    other = diffusers.EulerDiscreteScheduler if args.do_edm_style_training else diffusers.DDPMScheduler
-    scheduler = (edm or [other])[0].from_config(config)
-    if edm and args.snr_gamma is not None:
+    kind = diffusers.DDPMScheduler
+    if args.do_edm_style_training:
+        kind = diffusers.EulerDiscreteScheduler
+    for edm in EDM_SCHEDULERS:
+        if config["_class_name"] == edm.__name__:
+            kind = edm
+    if kind in EDM_SCHEDULERS and args.snr_gamma is not None:
         raise UsageError(f"--snr_gamma cannot go with {base}: EDM has weights of its own; leave it out")
-    kind = scheduler.config.prediction_type
-    if kind not in ("epsilon", "v_prediction"):
-        raise UsageError(f"--pretrained_model_name_or_path {base}: its scheduler's prediction_type is {kind}")
+    scheduler = kind.from_config(config)
+    predicts = scheduler.config.prediction_type
+    if "shift" in config:  # as those of flow matching have it
+        predicts = "flow"
+    if predicts not in ("epsilon", "v_prediction"):
+        raise UsageError(f"--pretrained_model_name_or_path {base}: its scheduler's prediction_type is {predicts}")
     return scheduler
 
 
@@ -1290,26 +1501,43 @@ def scale_latents(latents: Tensor, vae: AutoencoderKL, inverse: bool = False) ->
 
     Where the VAE has a mean and a standard deviation of each channel, as Playground v2.5's does, they count too.
     """
-    mean, std = 0.0, 1.0
+    mean = 0.0
+    std = 1.0
     if vae.config.latents_mean is not None and vae.config.latents_std is not None:
-        numbers = (vae.config.latents_mean, vae.config.latents_std)
-        mean, std = (to_device(torch.tensor(one)[:, None, None], latents.device) for one in numbers)
+        mean = to_device(torch.tensor(vae.config.latents_mean)[:, None, None], latents.device)
+        std = to_device(torch.tensor(vae.config.latents_std)[:, None, None], latents.device)
     scale = vae.config.scaling_factor / std
-    return latents / scale + mean if inverse else (latents - mean) * scale
+    if inverse:
+        return latents / scale + mean
+    return (latents - mean) * scale
 
 
 @torch.no_grad()
-def encode_texts(args: Namespace, pipeline: PIPELINE_CLASS, images: SubjectImages) -> list[dict]:
-    """First stage: what the text encoders, as they are, make of every prompt, for training and for sampling."""
-    prompts = set(images.anchor_captions) if args.anchor_weight > 0 else set()
-    prompts |= set() if args.train_text_encoder else set(images.captions)
-    prompts |= {""} if args.caption_dropout > 0 else set()
-    progress = tqdm(sorted(prompts), desc="Encoding prompts", leave=False)
-    embeddings = {prompt: encode_prompts(pipeline, [prompt], pipeline.device) for prompt in progress}
-    shown = {*args.validation_prompts, args.final_validation_prompt} - {None}
-    sampling_inputs = {prompt: encode_for_sampling(pipeline, prompt) for prompt in shown}
-    return [{prompt: {k: one.cpu() for k, one in found.items()} for prompt, found in cache.items()}
-            for cache in (embeddings, sampling_inputs)]  # fmt: skip
+def encode_texts(args: Namespace, pipeline: PIPELINE_CLASS, images: SubjectImages) -> tuple[dict, dict]:
+    """First stage: what the text encoders, as they are, make of every prompt, for training and for sampling.
+
+    Raises `UsageError` for a prompt whose anchor is the same to them: the word for the subject is cut off.
+    """
+    telling = logging.getLogger(PIPELINE_CLASS.__module__)
+    telling.setLevel(logging.NOTSET)
+    anchors = images.anchor_captions if args.anchor_weight > 0 else images.captions
+    prompts = {*images.captions, *anchors}
+    if args.caption_dropout > 0:
+        prompts.add("")
+    embeddings = {}
+    for prompt in tqdm(sorted(prompts), desc="Encoding prompts", leave=False):
+        found = encode_prompts(pipeline, [prompt], pipeline.device)
+        embeddings[prompt] = {name: tensor.cpu() for name, tensor in found.items()}
+    for caption, anchor in zip(images.captions, anchors, strict=True):
+        same = embeddings[caption]["encoder_hidden_states"].equal(embeddings[anchor]["encoder_hidden_states"])
+        if same and caption != anchor:
+            raise UsageError(f'to the text encoders "{caption}" is the same as "{anchor}": say the subject earlier')
+    sampling_inputs = {}
+    for prompt in {*args.validation_prompts, args.final_validation_prompt} - {None}:
+        found = encode_for_sampling(pipeline, prompt)
+        sampling_inputs[prompt] = {name: tensor.cpu() for name, tensor in found.items()}
+    telling.setLevel(logging.ERROR)  # what of a prompt is cut off is told once, not in each step
+    return embeddings, sampling_inputs
 
 
 @torch.no_grad()
@@ -1317,14 +1545,18 @@ def encode_images(args: Namespace, device: torch.device, images: SubjectImages) 
     """Second stage: the VAE and the posterior of every picture (and mirror image); none where crops are drawn anew."""
     flag, source, files = vae_source(args)
     vae = load_part(AutoencoderKL, flag, source, **files, use_safetensors=True, dtype=torch.float32).to(device)
-    posteriors, flips = {}, (False, True) if args.random_flip else (False,)
-    for index in tqdm(range(len(images)) if images.cacheable else (), desc="Encoding pictures", leave=False):
-        for flipped in flips:
+    posteriors = {}
+    pictures = range(len(images) if images.cacheable else 0)
+    for index in tqdm(pictures, desc="Encoding pictures", leave=False):
+        for flipped in {False, args.random_flip}:
             pixel_values = images.pixel_values(index, flipped, images.fixed_centering[index])
-            posteriors[index, flipped] = vae.encode(pixel_values[None].to(device)).latent_dist.parameters.cpu()
-            if not posteriors[index, flipped].isfinite().all():
+            parameters = vae.encode(pixel_values[None].to(device)).latent_dist.parameters
+            if not parameters.isfinite().all():
                 raise UsageError(f"{flag}: its VAE makes numbers of {images.names[index]} that are not finite")
-    return vae.to("cpu") if images.cacheable or args.offload else vae, posteriors
+            posteriors[index, flipped] = parameters.cpu()
+    if images.cacheable or args.offload:
+        vae.to("cpu")
+    return vae, posteriors
 
 
 @contextlib.contextmanager
@@ -1337,14 +1569,15 @@ def vae_at_work(run: Run) -> Iterator[AutoencoderKL]:
 
 def load_denoiser(args: Namespace, accelerator: Accelerator, images: SubjectImages) -> nn.Module:
     """Third stage: the frozen denoiser, in the run's precision."""
-    files, device = base_files(args, accelerator), accelerator.device
+    files = base_files(args, accelerator)
     config = quantization_config(args, files["dtype"])
     if config is not None:  # quantised weights are quantised on the device, and stay there
-        files |= {"quantization_config": config, "device_map": {"": device}}
-    source = ("--pretrained_model_name_or_path", args.pretrained_model_name_or_path)
-    denoiser = load_part(DENOISER_CLASS, *source, subfolder=DENOISER, **files)
-    denoiser = denoiser.to(device) if config is None else denoiser
-    if config is not None and config.load_in_8bit:
+        files |= {"quantization_config": config, "device_map": {"": accelerator.device}}
+    base = args.pretrained_model_name_or_path
+    denoiser = load_part(DENOISER_CLASS, "--pretrained_model_name_or_path", base, subfolder=DENOISER, **files)
+    if config is None:
+        denoiser.to(accelerator.device)
+    elif config.load_in_8bit:
         # bitsandbytes' CUDA kernel ignores strides, and what a UNet's proj_in gets may be a transposed view.
         for layer in denoiser.modules():
             if isinstance(layer, nn.Linear):
@@ -1364,50 +1597,86 @@ def load_denoiser(args: Namespace, accelerator: Accelerator, images: SubjectImag
 
 def lora_targets(args: Namespace) -> list[str]:
     """Endings of the denoiser's layers that get a LoRA."""
-    return [layer.strip() for layer in args.lora_layers.split(",")] if args.lora_layers else DENOISER_TARGETS
+    if args.lora_layers is None:
+        return DENOISER_TARGETS
+    return [layer.strip() for layer in args.lora_layers.split(",")]
 
 
 def add_adapters(args: Namespace, modules: dict[str, nn.Module]) -> None:
     """Add LoRA layers to the modules of these names, always in float32: half precision loses small updates."""
     torch.manual_seed(args.seed)  # a LoRA starts at random: at the same place on all ranks
     for name, module in modules.items():
-        shape = {"r": args.rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-        targets = lora_targets(args) if name == DENOISER else TEXT_ENCODER_TARGETS
-        options = {"use_dora": args.use_dora, "init_lora_weights": "gaussian", "target_modules": targets}
-        with explained("--lora_layers"):
-            module.add_adapter(LoraConfig(**shape, **options))
+        flag = "--lora_layers" if name == DENOISER else "--train_text_encoder"
+        config = LoraConfig(
+            r=args.rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            use_dora=args.use_dora,
+            init_lora_weights="gaussian",
+            target_modules=lora_targets(args) if name == DENOISER else TEXT_ENCODER_TARGETS,
+        )
+        with explained(flag):
+            module.add_adapter(config)
         cast_training_params(module, torch.float32)
         module.train()
 
 
 def load_init_lora(args: Namespace, modules: dict[str, nn.Module]) -> None:
-    """Start from the LoRA of `--init_lora`, of the same layers and rank, in any form that diffusers reads."""
-    parts = dict.fromkeys(inspect.signature(PIPELINE_CLASS).parameters) | UNUSED_PARTS | modules
+    """Start from the LoRA of `--init_lora`, of the same layers and rank, in any form that diffusers reads.
+
+    In float32: `load_lora_weights` rounds what it reads to the precision of the base.
+    """
     errors = (RuntimeError, TypeError, AttributeError)
     with explained(f"--init_lora {args.init_lora}: its rank and layers must be those of this run", *errors):
-        pipeline = PIPELINE_CLASS(**parts)
-        pipeline.load_lora_weights(args.init_lora, adapter_name="init")
-        for module in modules.values():
-            for layer in adapter_layers(module):
-                for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
-                    scale = layer.scaling["init"] / layer.scaling["default"] if name == "lora_B" else 1
-                    for weights in [getattr(layer, name)] if len(getattr(layer, name)) else []:
-                        weights["default"].weight.data.copy_(weights["init"].weight * scale)
-            module.set_adapter("default")
-        pipeline.delete_adapters("init")
+        state, settings = read_lora(args, modules[DENOISER].config)
+        wrong = [key for key in state if key.split(".")[0] not in modules]
+        for name, module in modules.items():
+            found = {key.removeprefix(f"{name}."): one for key, one in state.items() if key.startswith(f"{name}.")}
+            convert = convert_unet_state_dict_to_peft if name == DENOISER else convert_all_state_dict_to_peft
+            scale = settings.get(f"{name}.lora_alpha", 1) / settings.get(f"{name}.r", 1)
+            weights = {}
+            for key, tensor in convert(found).items():
+                if not hasattr(module, "text_model"):
+                    key = key.removeprefix("text_model.")
+                weights[key] = tensor.float()
+                if ".lora_B." in key:
+                    weights[key] *= scale * args.rank / args.lora_alpha
+            result = set_peft_model_state_dict(module, weights)
+            wrong += result.unexpected_keys
+            wrong += [key for key in result.missing_keys if ".lora_" in key]
+        if wrong:
+            raise ValueError(f"only one of them has {wrong[0]}")
+
+
+def read_lora(args: Namespace, unet_config: dict) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of `--init_lora`, kohya's alphas multiplied in, and what diffusers noted of the adapter."""
+    state, *notes = PIPELINE_CLASS.lora_state_dict(
+        args.init_lora, use_safetensors=True, unet_config=unet_config, return_lora_metadata=True
+    )
+    if len(notes) > 1:  # SD3 knows no file of kohya's
+        for name, alpha in (notes[0] or {}).items():
+            down = name.removesuffix(".alpha")
+            if down not in state:
+                down += ".lora.down.weight"
+            up = down.replace(".down.", ".up.")
+            state[up] = state[up].float() * (alpha / len(state[down]))
+    return state, notes[-1] or {}
 
 
 def prepare(args: Namespace, accelerator: Accelerator, images: SubjectImages, **more) -> Run:
     """Go through the stages, each of which lets go of what the next one does not need before that loads anything."""
     pipeline = load_text_pipeline(args, accelerator, images)
     embeddings, sampling_inputs = encode_texts(args, pipeline, images)
-    pipeline = pipeline if args.train_text_encoder else None
+    encoders = {}
+    if args.train_text_encoder:
+        encoders = {name: getattr(pipeline, name) for name in TRAINABLE_TEXT_ENCODERS}
+    else:
+        pipeline = None
     free_memory()
     vae, posteriors = encode_images(args, accelerator.device, images)
     free_memory()
     denoiser = load_denoiser(args, accelerator, images)
-    encoders = TRAINABLE_TEXT_ENCODERS if args.train_text_encoder else ()
-    modules = {DENOISER: denoiser} | {name: getattr(pipeline, name) for name in encoders}
+    modules = {DENOISER: denoiser, **encoders}
     add_adapters(args, modules)
     if args.init_lora is not None:
         load_init_lora(args, modules)

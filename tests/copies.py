@@ -21,7 +21,7 @@ OWN = {
     ],
     "train_sap_lora_sd3.py": [
         *OF_EVERY_BASE, "DENOISER_CLASS,DENOISER", "DENOISER_TARGETS", "LATENT_STRIDE", "FINAL_SAMPLING",
-        "REPEATED_BLOCK", "lora_targets", "write_results",
+        "REPEATED_BLOCK", "LATENT_SCALE", "lora_targets", "write_results",
     ],
 }  # fmt: skip
 

@@ -2,6 +2,10 @@
 """Pictures, captions, and which of them each micro-step draws."""
 
 import json
+import os
+import shutil
+import tracemalloc
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -71,6 +75,21 @@ def test_a_picture_too_large_to_be_meant_is_named(tmp_path):
     Image.new("1", (20000, 20000)).save(tmp_path / "huge.png")
     with pytest.raises(sap.UsageError, match=f"huge.png of {tmp_path} cannot be read .*exceeds limit"):
         load(tmp_path)
+
+
+def test_a_tiff_of_floats_from_0_to_1_is_not_black(tmp_path):
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "floats.tif")
+    red = np.asarray(sap.read_image(tmp_path / "floats.tif"))[..., 0]
+    assert np.abs(red - 255 * values).max() <= 1
+
+
+def test_pictures_of_one_colour_are_named(tmp_path, caplog):
+    tiny_pipelines.save_photos(tmp_path, count=2)
+    Image.new("RGB", (64, 64), (0, 0, 9)).save(tmp_path / "dark.png")
+    load(tmp_path)
+    assert "dark.png" in caplog.text
+    assert "00.jpg" not in caplog.text
 
 
 def test_animated_pictures_train_on_their_first_frame(tmp_path):
@@ -168,6 +187,157 @@ def test_a_caption_without_the_subject_token_is_quoted(captioned):
 def test_an_empty_folder_is_named(tmp_path):
     with pytest.raises(sap.UsageError, match="holds no picture"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("spelling", ["NFC", "NFD"])
+def test_names_are_the_same_in_whatever_unicode_form(spelling, tmp_path):
+    other = {"NFC": "NFD", "NFD": "NFC"}[spelling]
+    for number, name in enumerate(("süß", "mädchen")):
+        photo = unicodedata.normalize(spelling, f"{name}.png")
+        tiny_pipelines.save_photos(tmp_path / f"{number}", count=1, suffix=".png")
+        (tmp_path / f"{number}" / "00.png").rename(tmp_path / photo)
+        (tmp_path / f"{number}").rmdir()
+    masks = tmp_path.parent / f"masks {spelling}"
+    masks.mkdir()
+    for name in ("süß", "mädchen"):
+        half_white(masks / unicodedata.normalize(other, f"{name}.png"))
+    (tmp_path / unicodedata.normalize(other, "süß.txt")).write_text("of a file", encoding="utf-8")
+    line = {"file_name": unicodedata.normalize(other, "mädchen.png"), "text": "of a line"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line, ensure_ascii=False), encoding="utf-8")
+    images = load(tmp_path, f"--mask_dir={masks}")
+    assert sorted(images.captions) == ["of a file", "of a line"]
+    assert len(images.masks) == 2
+
+
+def test_two_lines_for_one_picture_are_refused(tmp_path):
+    tiny_pipelines.save_photos(tmp_path, count=1, captions=["one sks"])
+    with (tmp_path / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps({"file_name": "./00.jpg", "text": "another sks"}))
+    with pytest.raises(sap.UsageError, match="metadata.jsonl, line 2: .*has a line already"):
+        load(tmp_path)
+
+
+def test_a_pipe_is_no_picture(tmp_path, caplog):
+    tiny_pipelines.save_photos(tmp_path, count=1)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    os.mkfifo(tmp_path / "00.txt")
+    assert load(tmp_path).names == ["00.jpg"]
+    assert "pipe.jpg" in caplog.text
+
+
+def test_a_photo_that_becomes_a_pipe_is_not_opened(tmp_path):
+    tiny_pipelines.save_photos(tmp_path, count=1)
+    images = load(tmp_path)
+    (tmp_path / "00.jpg").unlink()
+    os.mkfifo(tmp_path / "00.jpg")
+    with pytest.raises(sap.UsageError, match="00.jpg of .* it is no regular file"):
+        images.pixel_values(0, False, (0.5, 0.5))
+
+
+@pytest.mark.parametrize("flag", ["instance_data_dir", "mask_dir", "validation_data_dir"])
+@pytest.mark.parametrize("how", ["iterdir", "is_file"])
+def test_a_folder_that_may_not_be_read_is_named(flag, how, photos, tmp_path, monkeypatch):
+    closed = tmp_path / "closed"
+    tiny_pipelines.save_photos(closed)
+    args = sap.parse_args(flags("base", photos, tmp_path / "out", f"--{flag}={closed}"))
+    real = getattr(Path, how)
+
+    def refuse(path, *rest):
+        if path == closed or path.parent == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *rest)
+
+    monkeypatch.setattr(Path, how, refuse)
+    with pytest.raises(sap.UsageError, match=r"closed.*Permission denied|the mask of 00.jpg.*Permission denied"):
+        sap.SubjectImages(args)
+
+
+# ---- Masks ----
+
+
+def half_white(path: Path, size: tuple[int, int] = (72, 64)) -> None:
+    mask = Image.new("L", size)
+    mask.paste(255, (0, 0, size[0] // 2, size[1]))
+    mask.save(path)
+
+
+@pytest.fixture
+def masks(photos, tmp_path) -> Path:
+    """A mask for each photo, white on the left."""
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    for path in photos.glob("*.jpg"):
+        half_white(folder / f"{path.stem}.png")
+    return folder
+
+
+def test_what_systems_leave_beside_masks_is_no_mask(masks, photos):
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (masks / name).write_bytes(b"x")
+    assert len(load(photos, f"--mask_dir={masks}").masks) == 5
+
+
+def test_two_masks_for_one_photo_are_refused(masks, photos):
+    half_white(masks / "00.bmp")
+    with pytest.raises(sap.UsageError, match="00.bmp and 00.png are two masks"):
+        load(photos, f"--mask_dir={masks}")
+
+
+def test_a_mask_that_is_a_pipe_is_not_opened(masks, photos):
+    (masks / "00.png").unlink()
+    os.mkfifo(masks / "00.png")
+    with pytest.raises(sap.UsageError, match="the mask of 00.jpg: it is no regular file"):
+        load(photos, f"--mask_dir={masks}")
+
+
+def test_a_mask_of_another_size_is_told_both_sizes(masks, photos):
+    half_white(masks / "00.png", (64, 72))
+    with pytest.raises(sap.UsageError, match="64 x 72 pixels, and the photo, turned as its EXIF says, 72 x 64"):
+        load(photos, f"--mask_dir={masks}")
+
+
+def test_masks_take_little_memory_however_often_they_are_cropped(masks, photos):
+    images = load(photos, f"--mask_dir={masks}", left_out="--center_crop")
+    tracemalloc.start()
+    for step in range(200):
+        images.mask(0, False, (step / 200, 0.5))
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert images.mask(0, False, (0, 0.5)).shape == (1, 8, 8)
+    assert kept < 200 * 64 * 64
+
+
+# ---- Held out ----
+
+
+def test_photos_held_out_do_not_change_what_is_trained(tmp_path, monkeypatch):
+    photos = tiny_pipelines.save_photos(tmp_path / "photos", size=(64, 64))
+    held_out = tiny_pipelines.save_photos(tmp_path / "held out", count=2, size=(96, 64))
+    alone = load(photos, left_out="--center_crop")
+    both = load(photos, f"--validation_data_dir={held_out}", left_out="--center_crop")
+    assert alone.cacheable
+    assert both.cacheable
+    draws = alone.draws(0, 1, 0, 6), both.draws(0, 1, 0, 6)
+    for items, others in zip(alone.batches(draws[0]), both.batches(draws[1]), strict=True):
+        assert items == others
+
+
+def test_a_damaged_photo_that_is_held_out_is_blamed_on_its_own_folder(photos, tmp_path):
+    held_out = tiny_pipelines.save_photos(tmp_path / "held out", count=1)
+    (held_out / "00.jpg").write_bytes(b"no picture")
+    with pytest.raises(sap.UsageError, match="00.jpg of .*held out cannot be read"):
+        load(photos, f"--validation_data_dir={held_out}")
+
+
+def test_photos_that_are_trained_on_and_held_out_are_named(photos, tmp_path, caplog):
+    held_out = tmp_path / "held out"
+    held_out.mkdir()
+    shutil.copy(photos / "02.jpg", held_out / "again.jpg")
+    tiny_pipelines.save_photos(tmp_path / "more", count=7)
+    shutil.copy(tmp_path / "more" / "06.jpg", held_out / "other.jpg")
+    load(photos, f"--validation_data_dir={held_out}")
+    assert "again.jpg" in caplog.text
+    assert "other.jpg" not in caplog.text
 
 
 # ---- A `datasets` dataset ----
@@ -383,13 +553,12 @@ def test_threads_give_what_one_thread_gives_in_its_order(threads, photos):
 
 @pytest.mark.parametrize("threads", [0, 2])
 def test_a_picture_that_goes_bad_in_training_ends_the_run(threads, sd15, photos, tmp_path, monkeypatch):
-    real, opened = sap.SubjectImages.pixel_values, []
+    real = sap.SubjectImages.pixel_values
 
-    def gone(images, *rest):
-        opened.append(rest)
-        if len(opened) > 2:
+    def gone(images, index, *rest):
+        if images.epoch(0)[2] == [index]:  # the third one that is drawn
             raise sap.UsageError("01.jpg cannot be read as a picture: it is gone")
-        return real(images, *rest)
+        return real(images, index, *rest)
 
     monkeypatch.setattr(sap.SubjectImages, "pixel_values", gone)
     more = [f"--dataloader_num_workers={threads}", "--anchor_batch_size=1"]

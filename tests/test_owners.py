@@ -57,8 +57,9 @@ def test_a_mask_lies_where_the_subject_lies(flipped, centering, tmp_path):
     images = sap.SubjectImages(sap.parse_args(flags("base", photos, tmp_path / "out", f"--mask_dir={masks}")))
     for index in range(3):
         picture = (images.pixel_values(index, flipped, centering)[0] + 1) / 2
+        picture = torch.nn.functional.avg_pool2d(picture[None], 8)[0]
         mask = images.mask(index, flipped, centering)[0]
-        assert mask.shape == picture.shape == (64, 64)
+        assert mask.shape == picture.shape == (8, 8)
         assert (picture - mask).abs().mean() < 0.03
         assert mask.min() >= 0
         assert mask.max() <= 1
