@@ -1810,7 +1810,7 @@ def fitting_sampler(kind: type[diffusers.SchedulerMixin], config: dict) -> diffu
     try:
         sampler = kind.from_config(config)
         sampler.set_timesteps(10)
-    except (ValueError, TypeError, LookupError, RuntimeError):
+    except (ValueError, TypeError, LookupError, RuntimeError, ImportError):
         names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
         sampler = kind(**{name: config[name] for name in names})
     return sampler

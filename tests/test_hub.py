@@ -148,7 +148,7 @@ def test_an_upload_that_breaks_off_leaves_all_and_a_command_that_can_be_pasted(s
     server.shutdown()
     words = shlex.split(str(told.value).split("To try again: ")[1])
     assert words[:6] == ["hf", "upload", "me/sap", str(output), ".", "--include"]
-    assert {output / word for word in words[6:]} == {path for path in sap.found(output, sap.RESULTS)}
+    assert {output / word for word in words[6:]} == set(sap.found(output, sap.RESULTS))
     assert (output / sap.FINISHED_FILE).is_file()
     assert lora(output)
 

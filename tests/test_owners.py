@@ -407,7 +407,8 @@ def test_a_folder_with_a_name_of_other_bytes_gives_files_that_can_be_read(sd15, 
     except OSError:
         pytest.skip("this file system has names in UTF-8 alone")
     train(SD15, flags(sd15, photos, output, steps=1))
-    with safe_open(output / sap.KOHYA_FILE, "pt") as file:
+    shutil.copy(output / sap.KOHYA_FILE, tmp_path / "copy")  # the library opens no path of such a name
+    with safe_open(tmp_path / "copy", "pt") as file:
         assert json.loads(file.metadata()["ss_tag_frequency"]) == {"d\\udcffg": {"a photo of sks dog": 5}}
     assert "load_lora_weights" in (output / "README.md").read_text(encoding="utf-8")
 
