@@ -33,6 +33,7 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -41,9 +42,11 @@ import os
 import pickle
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 import unicodedata
@@ -69,9 +72,10 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params, find_nearest_bucket, free_memory, parse_buckets_string
-from diffusers.utils import convert_all_state_dict_to_peft, convert_unet_state_dict_to_peft
+from diffusers.utils import convert_all_state_dict_to_peft, convert_unet_state_dict_to_peft, make_image_grid
 from filelock import FileLock, Timeout
-from huggingface_hub import ModelCardData, create_repo, upload_folder
+from huggingface_hub import ModelCardData, create_repo, get_session, upload_folder
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -247,8 +251,12 @@ KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 TRAINING_FILE = "training_state.pt"
 STATE_FILE = "trainer_state.json"
 FINISHED_FILE = "finished_run.json"
+METRICS_FILE = "metrics.jsonl"
 SYSTEM_FILES = (".", "Thumbs.db", "desktop.ini")
-STATE_FORMAT = 2  # of checkpoints; it goes up when older ones can no longer be read
+STATE_FORMAT = 3  # of checkpoints; it goes up when older ones can no longer be read
+HUB_TIMEOUT = 60  # seconds without an answer
+# What huggingface_hub's HTTP client raises where there is no answer: httpx's or httpx2's, by its version.
+NetworkError = HfHubHTTPError.__bases__[0]
 PAPER = "https://arxiv.org/abs/2511.22245"
 HUB_ADVICE = {  # by what is behind an error of loading
     "GatedRepoError": " (accept its terms on the hub, then `hf auth login`)",
@@ -283,7 +291,7 @@ def explained(what: str, *more: type[Exception]) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except (OSError, ValueError, LookupError, SafetensorError, *more) as error:
+    except (OSError, ValueError, LookupError, SafetensorError, NetworkError, *more) as error:
         cause = error
         while cause is not None and type(cause).__name__ not in HUB_ADVICE:
             cause = cause.__cause__ or cause.__context__
@@ -310,6 +318,7 @@ class Run:
     record: dict  # of `describe_run`
     signals: StopRequests
     given_up: set[str] = dataclasses.field(default_factory=set)  # what was told to have failed
+    base_pictures: dict[str, list] = dataclasses.field(default_factory=dict)  # for grids, by prompt, once made
 
     @property
     def device(self) -> torch.device:
@@ -828,7 +837,7 @@ def train_and_keep(run: Run, training: Training) -> None:
     if signal_number and training.saved < training.step:
         save_checkpoint(run, training)
     if run.accelerator.is_main_process and training.step > 0:
-        write_results(run)
+        write_results(run, training.step)
     signal_number = signal_number or agreed_signal(run)
     run.signals.deferring = False
     if signal_number:
@@ -844,7 +853,7 @@ def keep(run: Run, training: Training) -> None:
         return
     if run.accelerator.num_processes == 1 and training.saved < training.step:
         save_checkpoint(run, training)
-    write_results(run)
+    write_results(run, training.step)
 
 
 def how_to_go_on(run: Run, training: Training, reason: str) -> str:
@@ -1691,17 +1700,15 @@ def prepare(args: Namespace, accelerator: Accelerator, images: SubjectImages, **
 def replacing(final: Path) -> Iterator[Path]:
     """Where to write a file or folder that then takes the place of `final`; raises `RunError` if the disk refuses.
 
-    Until it is whole and on the disk, what was there stays, under one name or another.
+    Until it is whole and on the disk, what was there stays.
     """
-    partial, older = (final.with_name(f".{final.name}.{ending}") for ending in ("partial", "old"))
+    partial = final.with_name(f".{final.name}.partial")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed during the run
         tidy(final)
         yield partial
         for path in (*partial.glob("*"), partial):
             flush(path)
-        if final.is_dir():
-            os.replace(final, older)
         os.replace(partial, final)
         flush(final.parent)
     except OSError as error:
@@ -1725,12 +1732,27 @@ def flush(path: Path) -> None:
 
 
 def tidy(final: Path) -> None:
-    """Leave nothing beside `final` of a write that was cut short, and in its place the older one if need be."""
-    partial, older = (final.with_name(f".{final.name}.{ending}") for ending in ("partial", "old"))
-    if older.exists() and not final.exists():
-        os.replace(older, final)
-    for path in (partial, older):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    """Leave nothing beside `final` of a write that was cut short."""
+    partial = final.with_name(f".{final.name}.partial")
+    if partial.is_dir() and not partial.is_symlink():
+        shutil.rmtree(partial)
+    else:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def tidying() -> Iterator[None]:
+    """Inside, files are moved away or removed; what the disk refuses is told once, and the run goes on."""
+    try:
+        yield
+    except (OSError, RunError) as error:
+        warn_once(f"This stays where it is, and the run goes on: {error}")
+
+
+@functools.cache
+def warn_once(sentence: str) -> None:
+    """Warn, unless the same has been said before."""
+    logger.warning(sentence)
 
 
 def lora_layers(run: Run) -> dict[str, dict[str, Tensor]]:
@@ -1740,11 +1762,14 @@ def lora_layers(run: Run) -> dict[str, dict[str, Tensor]]:
     """
     layers = {}
     for name, module in run.student.adapted.items():
-        state = get_peft_model_state_dict(module, save_embedding_layers=False)
-        prefix = "text_model." if name != DENOISER and not hasattr(module, "text_model") else ""
-        layers[name] = {prefix + key: tensor.detach().float().cpu().contiguous() for key, tensor in state.items()}
-        if not all(tensor.isfinite().all() for tensor in layers[name].values()):
-            raise not_finite(run, f"the LoRA of {name} is no longer finite")
+        prefix = ""
+        if name != DENOISER and not hasattr(module, "text_model"):
+            prefix = "text_model."
+        layers[name] = {}
+        for key, tensor in get_peft_model_state_dict(module, save_embedding_layers=False).items():
+            if not tensor.isfinite().all():
+                raise not_finite(run, f"the LoRA of {name} is no longer finite")
+            layers[name][prefix + key] = tensor.detach().float().cpu().contiguous()
     return layers
 
 
@@ -1769,49 +1794,82 @@ def write_lora(run: Run, folder: Path) -> None:
 
     The scale alpha / rank is in `lora_B`: most programs that read this file know no alpha but the rank.
     """
-    args, tensors, metadata = run.args, {}, {}
+    args = run.args
+    tensors = {}
+    metadata = {}
     for name, layers in lora_layers(run).items():
         for key, tensor in layers.items():
-            scale = args.lora_alpha / args.rank if ".lora_B." in key else 1
-            tensors[f"{name}.{re.sub('_vector$', '_vector.weight', key)}"] = tensor * scale
+            if ".lora_B." in key:
+                tensor = tensor * (args.lora_alpha / args.rank)
+            if key.endswith("magnitude_vector"):
+                key += ".weight"
+            tensors[f"{name}.{key}"] = tensor
         # Every other field of LoraConfig breaks some older peft.
-        settings = {"r": args.rank, "lora_alpha": args.rank} | ({"use_dora": True} if args.use_dora else {})
+        settings = {"r": args.rank, "lora_alpha": args.rank}
+        if args.use_dora:
+            settings["use_dora"] = True
         settings["target_modules"] = lora_targets(args) if name == DENOISER else TEXT_ENCODER_TARGETS
         metadata |= {f"{name}.{key}": setting for key, setting in settings.items()}
     with replacing(folder / LORA_FILE) as partial:
         write_safetensors(tensors, partial, {"lora_adapter_metadata": json.dumps(metadata)})
 
 
-def write_kohya_lora(run: Run, folder: Path) -> None:
-    """Write the LoRA with the keys of kohya's tools, which ComfyUI and A1111 read too, text encoder included.
+def kohya_state(layers: dict[str, dict[str, Tensor]], alpha: float, depth: int = 2) -> dict[str, Tensor]:
+    """A LoRA with the keys of kohya's tools, which ComfyUI and A1111 read too, text encoder included.
 
-    `diffusers.utils.convert_state_dict_to_kohya` takes the rank for alpha and misses DoRA's and SD1.5's key names.
+    `layers` are as `lora_layers` has them: for each part of the pipeline, tensors by peft's names. `depth` is the
+    UNet's `layers_per_block`. `diffusers.utils.convert_state_dict_to_kohya` takes the rank for alpha and misses
+    DoRA's and SD1.5's key names.
     """
-    args, state, depth = run.args, {}, run.student.denoiser.config.layers_per_block
-    for component, layers in lora_layers(run).items():
-        for key, tensor in layers.items():
-            module, part = (stability_key(key, depth) if component == DENOISER else key).split(".lora_")
-            name = f"{KOHYA_PREFIXES[component]}_{module.replace('.', '_')}"
+    state = {}
+    for component, tensors in layers.items():
+        for key, tensor in tensors.items():
+            module, part = key.split(".lora_")
             if part == "magnitude_vector":  # one an output, with the axes of the layer's weight
                 tensor = tensor[:, None] if tensor.ndim == 1 else tensor.transpose(0, 1).contiguous()
+            name = kohya_name(component, module, depth)
             state[f"{name}.{KOHYA_PARTS[part]}"] = tensor
-            state[f"{name}.alpha"] = torch.tensor(float(args.lora_alpha or args.rank))
+            state[f"{name}.alpha"] = torch.tensor(float(alpha))
+    return state
+
+
+def kohya_name(component: str, module: str, depth: int) -> str:
+    """What kohya's tools call a module of a part of the pipeline: the UNet's have Stability's names."""
+    if component == DENOISER:
+        module = stability_name(module, depth)
+    return f"{KOHYA_PREFIXES[component]}_{module.replace('.', '_')}"
+
+
+def write_kohya_lora(run: Run, folder: Path) -> None:
+    """Write the LoRA for ComfyUI, A1111, Forge and kohya's tools."""
+    state = kohya_state(lora_layers(run), run.args.lora_alpha, run.student.denoiser.config.layers_per_block)
     with replacing(folder / KOHYA_FILE) as partial:
         write_safetensors(state, partial, lora_metadata(run))
 
 
 def lora_metadata(run: Run) -> dict[str, str]:
     """What A1111, Forge, sd-scripts and ModelSpec 1.0.1 look for. No date, no path: equal runs write equal bytes."""
-    args, (version, architecture), size = run.args, base_version(run), run.args.resolution
-    title, trigger = Path(args.output_dir).name, args.instance_prompt
+    args = run.args
+    version, architecture = base_version(run)
+    title = folder_name(args.output_dir)
+    trigger = args.instance_prompt
+    size = args.resolution
     entries = {"base_model_version": version, "v2": version.startswith("sd_v2"), "network_module": "networks.lora",
                "network_dim": args.rank, "network_alpha": args.lora_alpha, "output_name": title,
-               "sd_model_name": Path(args.pretrained_model_name_or_path).name, "resolution": (size, size),
+               "sd_model_name": folder_name(args.pretrained_model_name_or_path), "resolution": (size, size),
                "tag_frequency": json.dumps({title: {trigger: run.images.count}})}  # fmt: skip
     spec = {"sai_model_spec": "1.0.1", "architecture": f"{architecture}/lora", "implementation": "diffusers",
             "title": title, "trigger_phrase": trigger, "resolution": f"{size}x{size}",
             "prediction_type": run.scheduler.config.prediction_type.removesuffix("_prediction")}  # fmt: skip
-    return {f"ss_{k}": str(v) for k, v in entries.items()} | {f"modelspec.{k}": v for k, v in spec.items()}
+    metadata = {f"modelspec.{key}": value for key, value in spec.items()}
+    for key, value in entries.items():
+        metadata[f"ss_{key}"] = str(value)
+    return metadata
+
+
+def folder_name(path: str) -> str:
+    """The last name of a path, or of a repository, also for `.`, and in letters that every file may hold."""
+    return printable(Path(path).resolve().name)
 
 
 def base_version(run: Run) -> tuple[str, str]:
@@ -1826,113 +1884,184 @@ STABILITY_NAMES = {"conv_in": "input_blocks.0.0", "conv_out": "out.2", "conv1": 
                    "time_embedding": "time_embed", "add_embedding": "label_emb.0", "linear_2": "2"}  # fmt: skip
 
 
-def stability_key(key: str, depth: int) -> str:
-    """A key of SDXL's UNet, of `depth` layers a block, with Stability's (and sd-scripts') names, which count layers
-    through all blocks."""
+def stability_name(module: str, depth: int) -> str:
+    """The name of a module of SDXL's UNet, of `depth` layers a block, in Stability's code (and sd-scripts'), which
+    counts layers through all blocks."""
 
     def block(found: re.Match) -> str:
         side, index, kind, layer = found.groups()
+        slot = STABILITY_SLOTS[kind]
         if side == "mid":
-            return f"middle_block.{STABILITY_SLOTS[kind] or 2 * int(layer)}"
-        row = int(index) * (depth + 1) + (depth if kind.endswith("samplers") else int(layer))
-        return f"{'input' if side == 'down' else 'output'}_blocks.{row + (side == 'down')}.{STABILITY_SLOTS[kind]}"
+            return f"middle_block.{slot or 2 * int(layer)}"
+        position = depth if kind.endswith("samplers") else int(layer)
+        row = int(index) * (depth + 1) + position
+        if side == "down":
+            return f"input_blocks.{row + 1}.{slot}"
+        return f"output_blocks.{row}.{slot}"
 
-    module, part = key.replace("downsamplers.0.conv", "downsamplers.0.op").split(".lora_")
-    names = (STABILITY_NAMES.get(name, name) for name in re.sub(STABILITY_BLOCK, block, module).split("."))
-    return f"{'.'.join(names)}.lora_{part}"
+    module = re.sub(STABILITY_BLOCK, block, module.replace("downsamplers.0.conv", "downsamplers.0.op"))
+    return ".".join(STABILITY_NAMES.get(name, name) for name in module.split("."))
 
 
-def write_results(run: Run) -> None:
-    """Write what the run is for, in place of what an earlier run left in the folder."""
-    folder = Path(run.args.output_dir)
+def write_loras(run: Run, folder: Path) -> None:
+    """Write the LoRA in each form that is wanted; DoRA in kohya's is read rightly by OneTrainer alone."""
     write_lora(run, folder)
-    for stale in (folder / KOHYA_FILE, *folder.glob("image_*.png")):
-        stale.unlink(missing_ok=True)
-    if run.args.output_kohya_format:
+    if run.args.output_kohya_format or not (run.args.use_dora or run.args.no_kohya_file):
         write_kohya_lora(run, folder)
+
+
+def write_results(run: Run, step: int) -> None:
+    """Write what the run is for, and a record of it, in place of what it wrote when it ended at an earlier step."""
+    folder = Path(run.args.output_dir)
+    for name in read_record(folder / FINISHED_FILE).get("files", ()):
+        if name != LORA_FILE:
+            (folder / name).unlink(missing_ok=True)
+    write_loras(run, folder)
+    write_state(folder / FINISHED_FILE, run, step, found(folder, RESULTS))
+
+
+RESULTS = (LORA_FILE, KOHYA_FILE, "image_[0-9]*.png", "README.md")
+LOGS = (METRICS_FILE, "validation/*-[0-9]*.png", f"logs/{TRACKER}")
+
+
+def found(folder: Path, names: Sequence[str]) -> list[Path]:
+    """What is in a folder under some names, or patterns of names."""
+    return list(itertools.chain.from_iterable(sorted(folder.glob(name)) for name in names))
 
 
 def written(folder: Path) -> str:
     """What there is of a run's results, for a message."""
-    files = [folder / LORA_FILE, folder / KOHYA_FILE, *sorted(folder.glob("image_*.png"))]
-    return ", ".join(str(path) for path in files if path.is_file()) or "nothing yet"
+    return ", ".join(map(str, found(folder, RESULTS))) or "nothing yet"
 
 
-def set_aside(output_dir: Path, record: dict) -> None:
-    """Move checkpoints of other runs into a folder of their own, so that this run neither replaces nor uses them."""
-    places = (output_dir / f"earlier-{number}" for number in itertools.count(1))
-    place = next(path for path in places if not path.exists())
-    for path in list_checkpoints(output_dir):
-        state = read_state(path / STATE_FILE)
-        if state.get("format") != STATE_FORMAT or differences(state["run"], record):
-            place.mkdir(exist_ok=True)
-            os.replace(path, place / path.name)
-            logger.warning(f"{path} is of another run, or damaged: it was moved into {place}")
+def set_aside(output_dir: Path, checkpoint: Path | None, step: int) -> None:
+    """Move what is not this run's, and has a name that it writes, into `earlier-N`; call it before trackers start.
+
+    If it goes on from the checkpoint of a step in this folder, its own are the checkpoints up to there, the logs, and
+    the results that it recorded.
+    """
+    own = set()
+    if checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve():
+        recorded = read_state(output_dir / FINISHED_FILE).get("files", ())
+        own.update(list_checkpoints(output_dir, step + 1), found(output_dir, (*LOGS, FINISHED_FILE, *recorded)))
+    numbered = (output_dir / f"earlier-{number}" for number in itertools.count(1))
+    place = next(path for path in numbered if not os.path.lexists(path))
+    for path in [*list_checkpoints(output_dir), *found(output_dir, (*RESULTS, *LOGS, FINISHED_FILE))]:
+        if path not in own:
+            with tidying():
+                place.mkdir(exist_ok=True)
+                os.replace(path, place / path.name)
+                logger.warning(f"{path} is not of this run: it was moved into {place}")
+
+
+def cut_metrics(output_dir: Path, step: int) -> None:
+    """Keep of `metrics.jsonl` the lines up to the step that a run goes on from."""
+    path = output_dir / METRICS_FILE
+    kept = ""
+    if path.is_file():
+        with tidying(), replacing(path) as partial:  # no link is followed
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+                with contextlib.suppress(ValueError, TypeError, LookupError):  # a line that was cut short
+                    if json.loads(line)["step"] <= step:
+                        kept += line
+            partial.write_text(kept, encoding="utf-8")
 
 
 def save_checkpoint(run: Run, training: Training) -> None:
     """Write a checkpoint, all of it or nothing, and only then remove those over the limit."""
-    output_dir, limit = Path(run.args.output_dir), run.args.checkpoints_total_limit
+    output_dir = Path(run.args.output_dir)
     final = output_dir / f"checkpoint-{training.step}"
     if run.accelerator.is_main_process:
-        states = {name: part.state_dict() for name, part in training.parts.items()}
+        parts = {name: part.state_dict() for name, part in training.parts.items()}
+        content = io.BytesIO()  # torch's writer of files hides why a disk refuses
+        torch.save({"step": training.step, "parts": parts}, content)
         with replacing(final) as partial:
             partial.mkdir()
-            write_lora(run, partial)
-            with (partial / TRAINING_FILE).open("wb") as file:  # by name, torch hides the reason of a failure
-                torch.save({"step": training.step, "parts": states}, file)
-            write_state(partial / STATE_FILE, run, training.step)
+            write_loras(run, partial)
+            (partial / TRAINING_FILE).write_bytes(content.getbuffer())
+            write_state(partial / STATE_FILE, run, training.step, sorted(partial.iterdir()))
         logger.info(f"Checkpoint: {final}")
-        older = list_checkpoints(output_dir, training.step)
-        for path in older[: max(0, len(older) + 1 - limit)] if limit is not None else ():
-            shutil.rmtree(path)
+        limit = run.args.checkpoints_total_limit
+        if limit is not None:
+            for path in list_checkpoints(output_dir, training.step + 1)[:-limit]:
+                remove_checkpoint(path, run.record)
     training.saved = training.step
     run.accelerator.wait_for_everyone()
 
 
+def remove_checkpoint(path: Path, record: dict) -> None:
+    """Remove the files that a checkpoint of this run names, and its folder if nothing else is in it."""
+    state = read_record(path / STATE_FILE)
+    if state.get("run") == record:
+        with tidying():
+            for name in (*state["files"], STATE_FILE):
+                (path / name).unlink(missing_ok=True)
+            path.rmdir()
+
+
 def load_checkpoint(run: Run, training: Training, checkpoint: Path) -> None:
     """Put the run where `save_checkpoint` found it; raises `UsageError` if it does not fit, or holds Python code."""
-    damage = (RuntimeError, EOFError, pickle.UnpicklingError)
+    damage = (RuntimeError, EOFError, TypeError, AttributeError, pickle.UnpicklingError)
     with explained(f"--resume_from_checkpoint {checkpoint}: {TRAINING_FILE} is refused", *damage):
         state = torch.load(checkpoint / TRAINING_FILE, map_location="cpu", weights_only=True)
-        if state["parts"].keys() != training.parts.keys():
-            raise ValueError(f"it holds {', '.join(state['parts'])}, not {', '.join(training.parts)}")
+        if state["step"] != training.step:
+            raise ValueError(f"it is of step {state['step']}, {STATE_FILE} of step {training.step}")
         for name, part in training.parts.items():
             part.load_state_dict(state["parts"][name])
 
 
-def write_state(path: Path, run: Run, step: int) -> None:
-    """Write what a folder holds: the step, the seed, a hash of each file, and the record of the run."""
-    files = [file for file in sorted(path.parent.iterdir()) if file.suffix in (".safetensors", ".pt")]
+def write_state(path: Path, run: Run, step: int, files: list[Path]) -> None:
+    """Write what a folder holds of a run: the step, the seed, a hash of each file, and the record of the run."""
     state = {"format": STATE_FORMAT, "global_step": step, "seed": run.args.seed, "run": run.record}
     state["files"] = {file.name: fingerprint(file) for file in files}
     with replacing(path) as partial:
         partial.write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
-def read_state(path: Path) -> dict:
-    """What `write_state` wrote; empty if it is not there or not whole, or the files beside it are not."""
+def read_record(path: Path) -> dict:
+    """What `write_state` wrote; empty if it is not there, or has been changed into what no run writes."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         state = json.loads(path.read_text(encoding="utf-8") if path.is_file() else "")
-        files, known = state["files"].items(), state.get("format") == STATE_FORMAT
-        whole = all(fingerprint(path.with_name(name)) == digest for name, digest in files if known)
-        return state if whole and type(state["global_step"]) is int and state["global_step"] > 0 else {}
+        counts = (state["global_step"] - 1, state["seed"])
+        whole = all(type(count) is int and 0 <= count < 2**63 for count in counts)
+        plain = all(Path(name).name == name for name in state["files"])
+        kinds = (type(state["run"]), type(state["files"]))
+        if whole and plain and kinds == (dict, dict):
+            return state
     return {}
 
 
+def read_state(path: Path) -> dict:
+    """What `read_record` reads; empty if the files beside it are not those that it is of."""
+    state = read_record(path)
+    if state.get("format") == STATE_FORMAT:
+        for name, digest in state["files"].items():
+            file = path.with_name(name)
+            if not file.is_file() or fingerprint(file) != digest:
+                return {}
+    return state
+
+
 def list_checkpoints(output_dir: Path, before: float = math.inf) -> list[Path]:
-    """Checkpoints of an output folder in the order of their steps; anything else that is there is left alone."""
-    names = (path.name for path in output_dir.glob("checkpoint-*") if (path / STATE_FILE).is_file())
-    steps = sorted(int(name[11:]) for name in names if re.fullmatch("checkpoint-[1-9][0-9]*", name))
-    return [output_dir / f"checkpoint-{step}" for step in steps if step < before]
+    """What is named as a checkpoint in an output folder, in the order of steps."""
+    steps = {}
+    for path in output_dir.glob("checkpoint-*"):
+        if re.fullmatch("checkpoint-[1-9][0-9]*", path.name):
+            steps[path] = int(path.name.removeprefix("checkpoint-"))
+    return sorted((path for path in steps if steps[path] < before), key=steps.get)
 
 
 def find_checkpoint(args: Namespace) -> tuple[Path | None, dict]:
     """The checkpoint that `--resume_from_checkpoint` means ("latest", a name or a path), and its state."""
-    flag, output_dir = f"--resume_from_checkpoint {args.resume_from_checkpoint}", Path(args.output_dir)
-    places = [output_dir / str(args.resume_from_checkpoint), Path(str(args.resume_from_checkpoint))]
-    latest = args.resume_from_checkpoint == "latest"
-    for path in reversed(list_checkpoints(output_dir)) if latest else places if args.resume_from_checkpoint else ():
+    wanted = args.resume_from_checkpoint
+    if not wanted:
+        return None, {}
+    flag = f"--resume_from_checkpoint {wanted}"
+    output_dir = Path(args.output_dir)
+    places = [output_dir / wanted, Path(wanted)]
+    if wanted == "latest":
+        places = list_checkpoints(output_dir)[::-1]
+    for path in places:
         state = read_state(path / STATE_FILE)
         if state and state.get("format") != STATE_FORMAT:
             formats = f"format {state.get('format', 1)}, and this script reads {STATE_FORMAT}"
@@ -1940,52 +2069,73 @@ def find_checkpoint(args: Namespace) -> tuple[Path | None, dict]:
             raise UsageError(f"{flag}: {path} has {formats}: {advice}")
         if state:
             return path, state
-        if latest:
-            logger.warning(f"{path} is not complete, or damaged: it is skipped")
-    if args.resume_from_checkpoint and not latest:
-        raise UsageError(f"{flag}: no complete checkpoint there or in {output_dir}")
+        if wanted == "latest":
+            logger.warning(f"{path} is not complete, or damaged: it is skipped (those of diffusers' scripts are, too)")
+    if wanted != "latest":
+        raise UsageError(f"{flag}: no complete checkpoint of this script there or in {output_dir}")
     return None, {}
 
 
-def fingerprint(source: Path | Image.Image, size: int = -1) -> str:
-    """A short hash of a file or its first bytes, or of the pixels of a picture that comes from a dataset."""
+def fingerprint(source: Path | Image.Image) -> str:
+    """A short hash of a file, or of the pixels of a picture that comes from a dataset."""
+    digest = hashlib.blake2b(digest_size=16)
     if isinstance(source, Path):
         with source.open("rb") as file:
-            content = file.read(size)
+            for block in iter(lambda: file.read(2**20), b""):
+                digest.update(block)
     else:
-        content = repr((source.mode, source.size)).encode() + source.tobytes()
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+        digest.update(repr((source.mode, source.size)).encode())
+        digest.update(source.tobytes())
+    return digest.hexdigest()
 
 
-# What may change when a run is resumed, beside the flags of output: places, speed, and what pictures and captions say.
+# What may change when a run is resumed: places, speed, output, and what pictures and captions say.
 FREE_ON_RESUME = """
     instance_data_dir dataset_name dataset_config_name image_column caption_column cache_dir local_rank compile offload
     dataloader_num_workers pre_compute_text_embeddings num_train_epochs steps_per_epoch anchor_batch_size output_dir
     gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention validation_prompt validation_prompts
     with_prior_preservation class_data_dir num_class_images prior_loss_weight prior_generation_precision
-    sample_batch_size class_prompt_lacks""".split()
+    sample_batch_size class_prompt_lacks output_kohya_format no_kohya_file num_validation_images validation_epochs
+    validation_steps validation_prompts_file validation_guidance_scale validation_inference_steps validation_data_dir
+    final_validation_prompt skip_final_inference checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+    report_to logging_steps logging_dir push_to_hub hub_token hub_model_id""".split()
 
 
 def describe_run(args: Namespace, accelerator: Accelerator, images: SubjectImages) -> dict:
-    """What the result of a run depends on, as JSON has it: flags, the base (a local one by its files), pictures."""
-    free = {*FREE_ON_RESUME, *(flag[0][2:] for flag in FLAGS[FLAGS.index(OUTPUT) + 1 :])}
-    record = {f"--{name}": found for name, found in vars(args).items() if name not in free}
-    record |= {"--mixed_precision": accelerator.mixed_precision, "--num_processes": accelerator.num_processes}
+    """What the result of a run depends on, as JSON has it: flags, models (local ones by their files), pictures."""
+    record = {f"--{name}": found for name, found in vars(args).items() if name not in FREE_ON_RESUME}
+    record["--mixed_precision"] = accelerator.mixed_precision
+    record["--num_processes"] = accelerator.num_processes
+    record["--optimizer"] = args.optimizer.lower()
     if args.lr_scheduler.startswith("constant"):
         del record["--max_train_steps"]
-    base = Path(args.pretrained_model_name_or_path)
-    if base.is_dir():
-        files = sorted(path for part in BASE_PARTS for path in (base / part).rglob("*") if path.is_file())
-        parts = {path.relative_to(base).as_posix(): (path.stat().st_size, fingerprint(path, 2**20)) for path in files}
-        digest = hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-        record["--pretrained_model_name_or_path"] = f"a folder with the content {digest}"
-    record["the pictures"] = images.names[: images.count]
-    for i, name in enumerate(images.names[: images.count]):
+    for flag in ("--pretrained_model_name_or_path", "--tokenizer_name", "--pretrained_vae_model_name_or_path"):
+        folder = Path(record.get(flag) or "")
+        if record.get(flag) and folder.is_dir():
+            record[flag] = f"a folder with the content {folder_fingerprint(folder, args.variant)}"
+    names = images.names[: images.count]
+    record["the pictures"] = names
+    for i, name in enumerate(names):
         record[f"the content of {name}"] = fingerprint(images.images[i])
         record[f"the captions of {name}"] = [images.captions[i], images.anchor_captions[i]]
-    for name, mask in zip(images.names, images.masks, strict=False):
+    for name, mask in zip(names, images.masks, strict=False):
         record[f"the mask of {name}"] = fingerprint(mask)
     return json.loads(json.dumps(record))
+
+
+def folder_fingerprint(folder: Path, variant: str | None) -> str:
+    """A short hash of the settings and weights that are loaded from a pipeline's folder, or from one part's.
+
+    System files, other formats and weights of another variant do not count.
+    """
+    parts = [folder / part for part in BASE_PARTS if (folder / part).is_dir()]
+    content = hashlib.blake2b(digest_size=16)
+    for part in parts or [folder]:
+        for path in sorted(part.glob("[!.]*")):
+            weights = path.stem.partition(".")[2].partition("-")[0] in ("", variant)
+            if path.suffix in (".safetensors", ".json", ".txt", ".model") and weights:
+                content.update(f"{path.relative_to(folder)} {fingerprint(path)}".encode())
+    return content.hexdigest()
 
 
 def differences(was: dict, now: dict) -> str:
@@ -2000,16 +2150,21 @@ def differences(was: dict, now: dict) -> str:
 @torch.no_grad()
 def sample_images(run: Run, prompt: str, **sampling: float) -> list[Image.Image]:
     """Pictures of the model as it is, from `--seed`: denoised in the run's precision, decoded in float32."""
-    args, student, inputs = run.args, run.student, run.sampling_inputs[prompt]
-    parts = dict.fromkeys(inspect.signature(PIPELINE_CLASS).parameters) | UNUSED_PARTS
+    args = run.args
+    student = run.student
+    inputs = run.sampling_inputs[prompt]
+    parts = dict.fromkeys(inspect.signature(PIPELINE_CLASS).parameters)
     parts |= {DENOISER: student.denoiser, "scheduler": sampling_scheduler(run)}
     pipeline = PIPELINE_CLASS(**parts)
     pipeline.vae_scale_factor = 2 ** (len(run.vae.config.block_out_channels) - 1)  # the VAE comes later
     pipeline.set_progress_bar_config(disable=True)
-    generator, latents = torch.Generator().manual_seed(args.seed), []
+    generator = torch.Generator().manual_seed(args.seed)
     options = {"height": args.resolution, "width": args.resolution, "output_type": "latent", **sampling}
-    options |= {"num_inference_steps": args.validation_inference_steps} if args.validation_inference_steps else {}
-    options |= {} if args.validation_guidance_scale is None else {"guidance_scale": args.validation_guidance_scale}
+    if args.validation_inference_steps is not None:
+        options["num_inference_steps"] = args.validation_inference_steps
+    if args.validation_guidance_scale is not None:
+        options["guidance_scale"] = args.validation_guidance_scale
+    latents = []
     with evaluating(student), run.accelerator.autocast():
         if student.text_pipeline is not None:
             inputs = encode_for_sampling(student.text_pipeline, prompt)
@@ -2023,63 +2178,114 @@ def sample_images(run: Run, prompt: str, **sampling: float) -> list[Image.Image]
 
 
 def sampling_scheduler(run: Run) -> diffusers.SchedulerMixin:
-    """The sampler of upstream's validation."""
-    sampler = type(run.scheduler) if is_edm(run.scheduler) else diffusers.DPMSolverMultistepScheduler
-    return sampler.from_config(run.scheduler.config)
+    """The sampler of upstream's validation, or the base's own where it is EDM."""
+    kind = type(run.scheduler) if is_edm(run.scheduler) else diffusers.DPMSolverMultistepScheduler
+    return fitting_sampler(kind, run.scheduler.config)
+
+
+def fitting_sampler(kind: type[diffusers.SchedulerMixin], config: dict) -> diffusers.SchedulerMixin:
+    """A sampler with the base's configuration, which may be of another one: what it cannot take is left out, and the
+    noise and what is predicted stay."""
+    try:
+        sampler = kind.from_config(config)
+        sampler.set_timesteps(10)
+    except (ValueError, TypeError, LookupError, RuntimeError, ImportError):
+        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+        sampler = kind(**{name: config[name] for name in names})
+    return sampler
 
 
 def validate(run: Run, prompts: list[str], tag: str, step: int, **sampling: float) -> list[Image.Image]:
     """Make pictures on the main process, until a request to stop; show them to the trackers under `tag`, and whoever
     looks into the folder as one grid, a row a prompt. Returns those of the first prompt."""
-    wanted = run.accelerator.is_main_process and run.args.num_validation_images > 0
-    made = ((prompt, sample_images(run, prompt, **sampling)) for prompt in prompts if wanted)
-    rows = {prompt: pictures for prompt, pictures in made if pictures}
-    free_memory()
-    for tracker in run.accelerator.trackers if rows else []:
-        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        with giving_up(run, "a tracker"):
-            for number, pictures in enumerate(rows.values() if tracker.name in ("tensorboard", "wandb") else []):
-                name = f"{tag}/{number}" if number else tag
-                tracker.log_images({name: np.stack([np.asarray(p) for p in pictures])}, step=step, **layout)
+    rows = {}
+    if run.accelerator.is_main_process and run.args.num_validation_images > 0:
+        for prompt in prompts:
+            with giving_up(run, "pictures"):
+                rows[prompt] = sample_images(run, prompt, **sampling)
+    rows = {prompt: pictures for prompt, pictures in rows.items() if pictures}
     if rows:
-        with replacing(Path(run.args.output_dir) / "validation" / f"{tag}-{step:06}.png") as partial:
-            labelled_grid(rows).save(partial, format="PNG")
+        with giving_up(run, "pictures in trackers"):
+            show_to_trackers(run, rows, tag, step)
+        with giving_up(run, "the grid of pictures"):
+            write_grid(run, rows, f"{tag}-{step:06}.png", f"Step {step}, w = {run.args.anchor_weight:g}", **sampling)
+    free_memory()
     run.accelerator.wait_for_everyone()
     return next(iter(rows.values()), [])
 
 
+def show_to_trackers(run: Run, rows: dict[str, list[Image.Image]], tag: str, step: int) -> None:
+    """Log pictures to the trackers that take any."""
+    layouts = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
+    for tracker in run.accelerator.trackers:
+        for number, pictures in enumerate(rows.values()):
+            name = f"{tag}/{number}" if number else tag
+            if tracker.name in layouts:
+                pixels = np.stack([np.asarray(picture) for picture in pictures])
+                tracker.log_images({name: pixels}, step=step, **layouts[tracker.name])
+
+
+def write_grid(run: Run, rows: dict[str, list[Image.Image]], name: str, title: str, **sampling: float) -> None:
+    """One picture to look at: photos, what the base makes of the first prompt (made once), a row a prompt."""
+    prompt, pictures = next(iter(rows.items()))
+    if prompt not in run.base_pictures:
+        with adapters_disabled(run.student):
+            run.base_pictures[prompt] = sample_images(run, prompt, **sampling)
+    photos = []
+    for index in range(min(run.images.count, len(pictures))):
+        photos.append(ImageOps.fit(read_image(run.images.images[index]), pictures[0].size))
+    path = Path(run.args.output_dir) / "validation" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    labelled_grid({f"{title}. Photos:": photos, f"Base model: {prompt}": run.base_pictures[prompt], **rows}).save(path)
+
+
 def labelled_grid(rows: dict[str, list[Image.Image]]) -> Image.Image:
-    """Pictures in rows, each row below its prompt."""
-    width, height = next(iter(rows.values()))[0].size
-    columns, size = max(map(len, rows.values())), max(12, height // 24)
-    grid = Image.new("RGB", (columns * width, len(rows) * (height + 2 * size)), "white")
-    for number, (prompt, pictures) in enumerate(rows.items()):
-        top = number * (height + 2 * size)
-        text = ((size // 2, top + size // 2), printable(prompt), "black", ImageFont.load_default(size))
-        ImageDraw.Draw(grid).text(*text)
-        for column, picture in enumerate(pictures):
-            grid.paste(picture, (column * width, top + 2 * size))
-    return grid
+    """Pictures of one size in rows, each row behind a cell with its label."""
+    columns = max(map(len, rows.values()))
+    size = next(iter(rows.values()))[0].size
+    font = ImageFont.load_default(max(10, size[0] // 16))
+    cells = []
+    for label, pictures in rows.items():
+        cell = Image.new("RGB", size, "white")
+        ImageDraw.Draw(cell).text((4, 4), textwrap.fill(printable(label), 26), "black", font)
+        blank = [Image.new("RGB", size, "white")] * (columns - len(pictures))
+        cells += [cell, *pictures, *blank]
+    return make_image_grid(cells, len(rows), columns + 1)
 
 
-def write_model_card(args: Namespace, pictures: list[Image.Image], prompt: str | None) -> None:
+def write_model_card(
+    args: Namespace, pictures: list[Image.Image], prompt: str | None, repo_id: str | None = None
+) -> None:
     """Write README.md, which the hub shows as the model's page, and the pictures it shows."""
-    folder, base, pipeline = Path(args.output_dir), args.pretrained_model_name_or_path, PIPELINE_CLASS.__name__
-    on_hub = not Path(base).exists()  # no path of this machine belongs into a card
-    base, shown = base if on_hub else Path(base).name, " ".join(args.instance_prompt.replace("`", "'").split())
-    (licence, tags, absent), dora = describe_base(args), ["dora"] if args.use_dora else []
+    folder = Path(args.output_dir)
+    base = args.pretrained_model_name_or_path
+    on_hub = base.count("/") == 1 and not Path(base).exists()
+    if not on_hub:
+        base = folder_name(base)  # no path of this machine belongs into a card
+    shown = " ".join(args.instance_prompt.replace("`", "'").split())
+    licence, tags, absent = describe_base(args)
+    if args.use_dora:
+        tags = [*tags, "dora"]
+    widget = []
     for i, picture in enumerate(pictures):
-        with replacing(folder / f"image_{i}.png") as partial:
+        name = f"image_{i}.png"
+        widget.append({"text": prompt, "output": {"url": name}})
+        with replacing(folder / name) as partial:
             picture.save(partial, format="PNG")
     data = ModelCardData(
         base_model=base if on_hub else None,
         instance_prompt=args.instance_prompt,
         library_name="diffusers",
         license=licence,
-        tags=["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *tags, *dora],
-        widget=[{"text": prompt, "output": {"url": f"image_{i}.png"}} for i in range(len(pictures))] or None,
+        tags=["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", *tags],
+        widget=widget or None,
     )
-    anchored = f"w = {args.anchor_weight:g}, class prompt `{args.class_prompt or 'one for each caption'}`"
+    anchor = "w = 0, without anchor"
+    if args.anchor_weight > 0:
+        anchor = f"w = {args.anchor_weight:g}, class prompt `{args.class_prompt or 'one for each caption'}`"
+    encoders = "trained too" if args.train_text_encoder else "not trained"
+    pipeline = PIPELINE_CLASS.__name__
+    lora = repo_id or args.hub_model_id or folder_name(args.output_dir)
     text = f"""---
 {data.to_yaml()}
 ---
@@ -2087,8 +2293,8 @@ def write_model_card(args: Namespace, pictures: list[Image.Image], prompt: str |
 # LoRA for `{shown}`
 
 A LoRA of rank {args.rank} for {base}, trained with [Semantic Anchoring Personalization]({PAPER}):
-{anchored if args.anchor_weight > 0 else "w = 0, without anchor"}.
-Text encoders: {"trained too" if args.train_text_encoder else "not trained"}.
+{anchor}.
+Text encoders: {encoders}.
 
 ## Use
 
@@ -2097,7 +2303,7 @@ import torch
 from diffusers import {pipeline}
 
 pipeline = {pipeline}.from_pretrained({", ".join([repr(base), *absent])}, dtype=torch.float16)
-pipeline.load_lora_weights({(args.hub_model_id or folder.name)!r}, weight_name={LORA_FILE!r})
+pipeline.load_lora_weights({lora!r}, weight_name={LORA_FILE!r})
 image = pipeline.to("cuda")({(prompt or args.instance_prompt)!r}).images[0]
 ```
 """
@@ -2110,6 +2316,26 @@ def describe_base(args: Namespace) -> tuple[str, list[str], list[str]]:
     if "playground" in args.pretrained_model_name_or_path.lower():
         return "playground-v2dot5-community", ["playground", "playground-diffusers"], []
     return "openrail++", ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"], []
+
+
+def make_repository(args: Namespace) -> str:
+    """Make the repository on the hub, if it is not there, before any work is done; returns its full name."""
+    get_session().timeout = HUB_TIMEOUT
+    with explained("--push_to_hub"):
+        name = args.hub_model_id or Path(args.output_dir).resolve().name
+        return create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+
+
+def upload(args: Namespace, repo_id: str) -> None:
+    """Upload the files that the finished run recorded; logs, checkpoints and anything else stay here."""
+    folder = Path(args.output_dir)
+    files = list(read_record(folder / FINISHED_FILE)["files"])
+    again = shlex.join(["hf", "upload", repo_id, args.output_dir, ".", "--include", *files])
+    try:
+        with explained("The upload failed"):
+            upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=files, token=args.hub_token)
+    except UsageError as error:
+        raise RunError(f"{error}; all is written. To try again: {again}") from error
 
 
 # ---- Command line ----
@@ -2248,6 +2474,7 @@ FLAGS = [
     ("--max_grad_norm", POSITIVE, 1.0, "Gradients are clipped to this norm."),
     OUTPUT,
     ("--output_kohya_format", "Also write the LoRA with the keys of kohya's tools."),
+    ("--no_kohya_file", "Do not write the LoRA with the keys of kohya's tools."),
     ("--num_validation_images", WHOLE, 4, "How many of them."),
     ("--validation_epochs", COUNT, 50, "Every how many epochs."),
     ("--validation_steps", COUNT, None, "Every how many optimizer steps, instead of epochs."),
@@ -2515,22 +2742,11 @@ def finish(run: Run, images: list[Image.Image], repo_id: str | None) -> None:
     else:
         prompts = args.validation_prompts
     if run.accelerator.is_main_process:
-        write_model_card(args, images, (prompts or [None])[0])
-        write_state(folder / FINISHED_FILE, run, args.max_train_steps)
+        write_model_card(args, images, (prompts or [None])[0], repo_id)
+        write_state(folder / FINISHED_FILE, run, args.max_train_steps, found(folder, RESULTS))
         if repo_id is not None:
             upload(args, repo_id)
         logger.info(f"Written: {written(folder)}; use it with pipeline.load_lora_weights({args.output_dir!r})")
-
-
-def upload(args: Namespace, repo_id: str) -> None:
-    """Upload the LoRA, its card and its pictures; logs, checkpoints and anything else stay here."""
-    files = ["pytorch_lora_weights*.safetensors", "README.md", "image_*.png"]
-    try:
-        upload_folder(repo_id=repo_id, folder_path=args.output_dir, allow_patterns=files, token=args.hub_token)
-    except (OSError, ValueError) as error:
-        again = f"hf upload {repo_id} {args.output_dir} . --include {' '.join(map(repr, files))}"
-        reason = str(error).splitlines()[0]
-        raise RunError(f"The upload failed ({reason}); all is written. To try again: {again}") from error
 
 
 def run_stages(args: Namespace, accelerator: Accelerator, signals: StopRequests) -> None:
@@ -2551,7 +2767,9 @@ def run_stages(args: Namespace, accelerator: Accelerator, signals: StopRequests)
     args.learning_rate *= samples * args.train_batch_size if args.scale_lr else 1
     record = describe_run(args, accelerator, images)
     done = finished and finished["global_step"] >= args.max_train_steps and not differences(finished["run"], record)
-    if done and (KOHYA_FILE in finished["files"] or not args.output_kohya_format):
+    if done and "README.md" in finished["files"]:
+        if args.push_to_hub and is_main:
+            upload(args, make_repository(args))
         logger.info(f"{output_dir} holds the finished run of {finished['global_step']} steps: nothing is left")
         return
     if state.get("global_step", 0) > args.max_train_steps:
@@ -2562,11 +2780,13 @@ def run_stages(args: Namespace, accelerator: Accelerator, signals: StopRequests)
             "with what was, or start a new run in another --output_dir"
         )
     if args.resume_from_checkpoint == "latest" and checkpoint is None:
-        logger.info(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint, the run starts at step 0")
+        logger.info(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint of this script: a new run")
     repo_id = None
     if args.push_to_hub and is_main:
-        with explained("--push_to_hub"):
-            repo_id = create_repo(args.hub_model_id or output_dir.name, exist_ok=True, token=args.hub_token).repo_id
+        repo_id = make_repository(args)
+    if is_main:
+        set_aside(output_dir, checkpoint, state.get("global_step", 0))
+        cut_metrics(output_dir, state.get("global_step", 0))
 
     run = prepare(args, accelerator, images, scheduler=scheduler, record=record, signals=signals)
     announce(run)
@@ -2574,9 +2794,6 @@ def run_stages(args: Namespace, accelerator: Accelerator, signals: StopRequests)
     if training.step >= args.max_train_steps:
         steps = f"{training.step} of {args.max_train_steps} steps"
         logger.info(f"{checkpoint} already has {steps}: nothing is left to train")
-    if is_main:
-        (output_dir / FINISHED_FILE).unlink(missing_ok=True)
-        set_aside(output_dir, record)
     train_and_keep(run, training)
     finish(run, training.images, repo_id)
     accelerator.end_training()

@@ -17,11 +17,11 @@ OF_EVERY_BASE = """PIPELINE_CLASS TRAINABLE_TEXT_ENCODERS BASE_PARTS FOREIGN_PAR
 OWN = {
     "train_sap_lora_sd15.py": [],
     "train_sap_lora_sdxl.py": [
-        *OF_EVERY_BASE, "KOHYA_PREFIXES", "draw_micro_step", "vae_source", "write_kohya_lora", "base_version",
+        *OF_EVERY_BASE, "KOHYA_PREFIXES", "draw_micro_step", "vae_source", "kohya_name", "base_version",
     ],
     "train_sap_lora_sd3.py": [
         *OF_EVERY_BASE, "DENOISER_CLASS,DENOISER", "DENOISER_TARGETS", "LATENT_STRIDE", "FINAL_SAMPLING",
-        "REPEATED_BLOCK", "LATENT_SCALE", "lora_targets", "write_results",
+        "REPEATED_BLOCK", "LATENT_SCALE", "lora_targets", "write_loras",
     ],
 }  # fmt: skip
 

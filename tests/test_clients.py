@@ -198,7 +198,7 @@ def test_with_the_layers_of_the_default_the_kohya_file_is_read_whole_everywhere(
 
 def test_sdxl_needs_the_names_of_sd_scripts(monkeypatch):
     """With diffusers' names, sd-scripts finds nothing of the UNet and A1111 misses an upsampler and the embeddings."""
-    monkeypatch.setattr(train_sap_lora_sdxl, "stability_key", lambda key, depth: key)
+    monkeypatch.setattr(train_sap_lora_sdxl, "stability_name", lambda module, depth: module)
     tensors = safetensors.torch.load_file(written("sdxl", trained("sdxl")[0], kohya=True))
     unet = {layer for layer in trained("sdxl")[1] if layer.startswith("unet.")}
     assert not unet & clients.read("sd-scripts", "sdxl", tensors, {})[0].keys()

@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What owners of photos ask for: masks, going on from a LoRA, is it learning, pictures to look at, flags in a file."""
 
+import importlib
+import inspect
 import json
+import os
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import tiny_pipelines
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from runner import assert_equal, draw, flags, lora, make_run, randomise_adapters, train, without
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train_sap_lora_sd15 as sap
@@ -248,11 +255,166 @@ def test_each_validation_is_one_grid_with_a_row_for_each_prompt(sd15, photos, tm
     grids = {path.name: Image.open(path).size for path in (tmp_path / "out" / "validation").iterdir()}
     assert set(grids) == {"validation-000002.png", "test-000002.png"}
     width, height = grids["validation-000002.png"]
-    assert width == 2 * 64
-    assert height > 3 * 64
+    assert (width, height) == (3 * 64, 5 * 64)  # labels and two pictures; photos, base and three prompts
     assert {(call["guidance_scale"], call["num_inference_steps"]) for call in calls} == {(3.0, 1)}
-    assert len(calls) == 2 * 3 * 2
+    assert len(calls) == 2 * 3 * 2 + 2  # the base's once
     assert (tmp_path / "out" / "image_1.png").is_file()
+
+
+def cell(path: Path, row: int, column: int) -> np.ndarray:
+    """A picture of a grid of pictures of 64 pixels."""
+    return np.asarray(Image.open(path))[row * 64 : row * 64 + 64, column * 64 : column * 64 + 64]
+
+
+@every_script
+def test_a_grid_shows_photos_and_what_the_base_makes(script, bases, photos, tmp_path):
+    more = ["--validation_prompt=a photo of sks dog", "--num_validation_images=2", "--validation_steps=1",
+            "--train_text_encoder", "--validation_inference_steps=2", "--learning_rate=.1"]  # fmt: skip
+    train(script, flags(bases[script], photos, tmp_path / "out", *more, steps=3))
+    first, last = (tmp_path / "out" / "validation" / f"validation-{step:06}.png" for step in (1, 3))
+    module, run = make_run(script, flags(bases[script], photos, tmp_path / "base", *more))
+    for column, picture in enumerate(module.sample_images(run, "a photo of sks dog"), 1):
+        for grid in (first, last):
+            assert np.array_equal(cell(grid, 1, column), np.asarray(picture))
+            assert not np.array_equal(cell(grid, 2, column), np.asarray(picture))
+        photo = ImageOps.fit(module.read_image(run.images.images[column - 1]), (64, 64))
+        assert np.array_equal(cell(last, 0, column), np.asarray(photo))
+
+
+def test_long_prompts_stay_in_their_cell():
+    pictures = [Image.new("RGB", (512, 512), "red")]
+    grid = sap.labelled_grid({"short": pictures, "a photo of sks dog in the snow " * 6: pictures, "none": []})
+    assert grid.size == (1024, 1536)
+    red = np.asarray(grid)[:1024, 512:]
+    assert (red == (255, 0, 0)).all()
+    written = np.asarray(grid)[512:1024, :512].min(axis=2) < 128
+    assert written.any()
+    assert not written[:, -4:].any()
+    assert not written[-4:].any()
+
+
+@every_script
+@pytest.mark.parametrize("fails", ["sample_images", "labelled_grid", "vae_at_work", "show_to_trackers"])
+def test_pictures_that_fail_never_end_a_run(fails, script, bases, photos, tmp_path, monkeypatch, caplog):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, fails, out_of_memory)
+    more = ["--validation_prompt=a dog", "--num_validation_images=1", "--validation_steps=1"]
+    train(script, flags(bases[script], photos, tmp_path / "out", *more))
+    assert len(re.findall("OutOfMemoryError: CUDA out of memory", caplog.text)) == 1
+    assert (tmp_path / "out" / "README.md").is_file()
+    assert lora(tmp_path / "out")
+
+
+def test_a_grid_that_cannot_be_written_never_ends_a_run(sd15, photos, tmp_path, caplog):
+    (tmp_path / "validation").write_text("a file")
+    more = ["--validation_prompt=a dog", "--num_validation_images=1", "--validation_steps=1"]
+    train(SD15, flags(sd15, photos, tmp_path, *more))
+    assert "the grid of pictures failed" in caplog.text
+    assert lora(tmp_path)
+
+
+# ---- Samplers ----
+
+CONFIGURATIONS = [
+    {"algorithm_type": "deis", "final_sigmas_type": "zero", "solver_type": "logrho"},
+    {"algorithm_type": "dpmsolver", "final_sigmas_type": "zero"},
+    {"algorithm_type": "data_prediction"},
+    {"timestep_spacing": "trailing", "final_sigmas_type": "denoise_to_zero"},
+    {"timestep_spacing": "of its own"},
+    {"use_karras_sigmas": True, "use_exponential_sigmas": True, "use_beta_sigmas": True},
+    {"solver_order": "2"},
+    {"solver_type": "bh2", "prediction_type": "v_prediction", "lambda_min_clipped": None},
+]
+
+
+def of_diffusers() -> list[type]:
+    """All of diffusers' schedulers that can be made without arguments."""
+    kinds = [getattr(diffusers.schedulers, name) for name in dir(diffusers.schedulers)]
+    found = []
+    for kind in kinds:
+        if (
+            isinstance(kind, type)
+            and issubclass(kind, diffusers.SchedulerMixin)
+            and kind is not diffusers.SchedulerMixin
+        ):
+            needed = list(inspect.signature(kind).parameters.values())
+            if all(one.default is not one.empty for one in needed):
+                found.append(kind)
+    return found
+
+
+def pictures_from(module, scheduler) -> None:
+    """Sample with a training scheduler's configuration: numbers that are finite come out."""
+    sampler = module.sampling_scheduler(SimpleNamespace(scheduler=scheduler))
+    sampler.set_timesteps(4)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for timestep in sampler.timesteps:
+        latents = sampler.step(0.1 * latents, timestep, latents).prev_sample
+    assert latents.isfinite().all()
+
+
+@every_script
+def test_every_scheduler_of_diffusers_gives_a_sampler(script, tmp_path):
+    """As `training_scheduler` reads them from the base's folder; what it cannot train it refuses itself."""
+    module = importlib.import_module(script)
+    kinds = of_diffusers()
+    assert len(kinds) > 40
+    tried = 0
+    for kind in kinds:
+        kind().save_pretrained(tmp_path / kind.__name__ / "scheduler")
+        args = SimpleNamespace(pretrained_model_name_or_path=str(tmp_path / kind.__name__), revision=None,
+                               snr_gamma=None, do_edm_style_training=False)  # fmt: skip
+        try:
+            scheduler = module.training_scheduler(args)
+        except module.UsageError:
+            continue
+        pictures_from(module, scheduler)
+        tried += 1
+    assert tried > (40 if script != SD3 else 5)
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("script", [SD15, SDXL])
+def test_settings_of_another_sampler_are_left_out(script, configuration):
+    module = importlib.import_module(script)
+    base = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"} | configuration
+    scheduler = diffusers.DDPMScheduler.from_config(base)
+    pictures_from(module, scheduler)
+    sampler = module.sampling_scheduler(SimpleNamespace(scheduler=scheduler))
+    assert torch.allclose(sampler.alphas_cumprod, scheduler.alphas_cumprod)
+    assert sampler.config.prediction_type == scheduler.config.prediction_type
+
+
+# ---- The file for ComfyUI ----
+
+
+@pytest.mark.parametrize("script", [SD15, SDXL])
+def test_the_kohya_file_is_written_at_the_end_and_in_each_checkpoint(script, bases, photos, tmp_path):
+    for name, more in {"default": [], "without": ["--no_kohya_file"], "dora": ["--use_dora"],
+                       "asked": ["--use_dora", "--output_kohya_format"]}.items():  # fmt: skip
+        train(script, flags(bases[script], photos, tmp_path / name, "--checkpointing_steps=1", *more, steps=1))
+        for folder in (tmp_path / name, tmp_path / name / "checkpoint-1"):
+            assert (folder / sap.KOHYA_FILE).is_file() == (name in ("default", "asked")), folder
+        assert sap.read_state(tmp_path / name / "checkpoint-1" / sap.STATE_FILE)
+
+
+def test_a_folder_with_a_name_of_other_bytes_gives_files_that_can_be_read(sd15, photos, tmp_path):
+    output = tmp_path / os.fsdecode(b"d\xffg")
+    try:
+        output.mkdir()
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 alone")
+    train(SD15, flags(sd15, photos, output, steps=1))
+    shutil.copy(output / sap.KOHYA_FILE, tmp_path / "copy")  # the library opens no path of such a name
+    with safe_open(tmp_path / "copy", "pt") as file:
+        assert json.loads(file.metadata()["ss_tag_frequency"]) == {"d\\udcffg": {"a photo of sks dog": 5}}
+    assert "load_lora_weights" in (output / "README.md").read_text(encoding="utf-8")
+
+
+# ---- Flags ----
 
 
 def test_flags_can_stand_in_a_file(photos, tmp_path):

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: what is in them, which of them stay, and that a resumed run is the run that was not interrupted."""
 
+import importlib
 import json
 import pickle
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -163,19 +165,130 @@ def test_a_number_that_no_run_writes_is_no_checkpoint(stopped):
     assert steps_in(stopped) == [2]
 
 
-def test_checkpoints_of_another_run_are_moved_out_of_the_way(stopped, undisturbed, sd15, captioned, caplog):
+def test_all_that_an_older_run_wrote_is_moved_out_of_the_way_together(undisturbed, sd15, captioned, tmp_path, caplog):
+    output = tmp_path / "out"
+    shutil.copytree(undisturbed, output)
+    (output / "validation").mkdir()
+    (output / "validation" / "validation-000002.png").write_text("a grid")
+    (output / "image_0.png").write_text("a picture")
+    (output / "logs" / sap.TRACKER).mkdir(parents=True)
+    (output / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in output.rglob("*") if path.is_file() and path.name != ".lock"}
     for number in (1, 2):
-        train(SCRIPT, arguments(sd15, captioned, stopped, "--checkpointing_steps=2", f"--seed={number}", steps=2))
-        assert (
-            f"checkpoint-2 is of another run, or damaged: it was moved into {stopped / f'earlier-{number}'}"
-            in caplog.text
-        )
-    assert_equal(lora(stopped / "earlier-1" / "checkpoint-2"), lora(undisturbed / "checkpoint-2"))
-    seeds = [json.loads((stopped / folder / "checkpoint-2" / sap.STATE_FILE).read_text())["seed"]
+        train(SCRIPT, arguments(sd15, captioned, output, "--checkpointing_steps=2", f"--seed={number}", steps=2))
+        assert f"it was moved into {output / f'earlier-{number}'}" in caplog.text
+    earlier = output / "earlier-1"
+    assert steps_in(earlier) == [2, 4]
+    assert_equal(lora(earlier / "checkpoint-2"), lora(undisturbed / "checkpoint-2"))
+    assert {LORA_FILE, sap.KOHYA_FILE, sap.FINISHED_FILE, sap.METRICS_FILE, "README.md", "image_0.png",
+            "validation-000002.png", sap.TRACKER} <= left_in(earlier)  # fmt: skip
+    now = {path.name: path.read_bytes() for path in [*earlier.rglob("*"), output / "notes.txt"] if path.is_file()}
+    assert now == before
+    seeds = [json.loads((output / folder / "checkpoint-2" / sap.STATE_FILE).read_text())["seed"]
              for folder in ("earlier-1", "earlier-2", ".")]  # fmt: skip
     assert seeds == [0, 1, 2]
-    train(SCRIPT, arguments(sd15, captioned, stopped, "--checkpointing_steps=2", "--seed=2", steps=2))
-    assert not (stopped / "earlier-3").exists()
+    assert [json.loads(line)["step"] for line in (output / sap.METRICS_FILE).read_text().splitlines()] == [1, 2]
+
+
+def test_a_resumed_run_moves_nothing_of_its_own(undisturbed, sd15, captioned, tmp_path):
+    """Its log has each step once, and the pictures of its earlier end go."""
+    output = tmp_path / "out"
+    shutil.copytree(undisturbed, output)
+    (output / "image_7.png").write_text("of the earlier end")
+    path = output / sap.FINISHED_FILE
+    state = json.loads(path.read_text())
+    state["files"]["image_7.png"] = sap.fingerprint(output / "image_7.png")
+    state["run"].pop("--max_train_steps")
+    path.write_text(json.dumps(state))
+    for step in (2, 4):
+        change_state(output / f"checkpoint-{step}", lambda state: state["run"].pop("--max_train_steps"))
+    train(SCRIPT, latest(sd15, captioned, output, steps=6))
+    assert not [name for name in left_in(output) if name.startswith("earlier")]
+    assert not (output / "image_7.png").exists()
+    assert steps_in(output) == [2, 4]
+    rows = [json.loads(line)["step"] for line in (output / sap.METRICS_FILE).read_text().splitlines()]
+    assert rows == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_is_edited_since_is_moved_when_a_run_goes_on(undisturbed, sd15, captioned, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(undisturbed, output)
+    (output / "README.md").write_text("my own words")
+    (output / sap.FINISHED_FILE).write_text(json.dumps(json.loads((output / sap.FINISHED_FILE).read_text())))
+    train(SCRIPT, latest(sd15, captioned, output))
+    assert (output / "earlier-1" / "README.md").read_text() == "my own words"
+
+
+@pytest.mark.parametrize("script", ["train_sap_lora_sd15", "train_sap_lora_sdxl", "train_sap_lora_sd3"])
+def test_the_folder_of_a_run_of_diffusers_script_is_not_overwritten(script, bases, photos, tmp_path, caplog):
+    for step in (1, 2):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl", LORA_FILE):
+            (folder / name).write_text(f"{name} of step {step}")
+    (tmp_path / "README.md").write_text("theirs")
+    more = ["--resume_from_checkpoint=latest", "--checkpointing_steps=1", "--checkpoints_total_limit=1"]
+    train(script, flags(bases[script], photos, tmp_path, *more))
+    assert "those of diffusers' scripts are, too" in caplog.text
+    for step in (1, 2):
+        assert (tmp_path / "earlier-1" / f"checkpoint-{step}" / "optimizer.bin").read_text().endswith(f"step {step}")
+    assert (tmp_path / "earlier-1" / "README.md").read_text() == "theirs"
+    assert steps_in(tmp_path) == [2]
+
+
+def test_a_log_that_is_a_link_is_not_followed(sd15, photos, tmp_path):
+    (tmp_path / "diary").write_text("mine\n")
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / sap.METRICS_FILE).symlink_to(tmp_path / "diary")
+    train(SCRIPT, flags(sd15, photos, output, "--checkpointing_steps=1", steps=1))
+    (output / sap.METRICS_FILE).unlink()
+    (output / sap.METRICS_FILE).symlink_to(tmp_path / "diary")
+    train(SCRIPT, flags(sd15, photos, output, "--resume_from_checkpoint=latest", steps=2))
+    assert (tmp_path / "diary").read_text() == "mine\n"
+    assert not (output / sap.METRICS_FILE).is_symlink()
+
+
+def test_notes_in_a_checkpoint_stay_when_it_is_over_the_limit(sd15, photos, tmp_path, monkeypatch, caplog):
+    save = sap.save_checkpoint
+
+    def noted(run, training):
+        save(run, training)
+        (tmp_path / f"checkpoint-{training.step}" / "notes.txt").write_text("mine")
+
+    monkeypatch.setattr(sap, "save_checkpoint", noted)
+    train(SCRIPT, flags(sd15, photos, tmp_path, "--checkpointing_steps=1", "--checkpoints_total_limit=1"))
+    assert left_in(tmp_path / "checkpoint-1") == {"notes.txt"}
+    assert "This stays where it is, and the run goes on" in caplog.text
+    assert lora(tmp_path)
+
+
+@pytest.mark.parametrize("stands", ["dangling link", "file"])
+def test_a_place_for_older_files_that_is_taken_is_not_used(stands, sd15, photos, tmp_path):
+    place = tmp_path / "earlier-1"
+    place.symlink_to(tmp_path / "nowhere") if stands == "dangling link" else place.write_text("mine")
+    (tmp_path / "README.md").write_text("theirs")
+    train(SCRIPT, flags(sd15, photos, tmp_path, steps=1))
+    assert (tmp_path / "earlier-2" / "README.md").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("call", ["replace", "rmdir", "unlink"])
+def test_tidying_up_that_fails_never_ends_a_run(call, sd15, photos, tmp_path, monkeypatch, caplog):
+    """What cannot be moved or removed (a link, another owner's, an immutable file) is told; the LoRA is written."""
+    (tmp_path / "README.md").write_text("theirs")
+    owner = sap.os if call == "replace" else Path
+    real = getattr(owner, call)
+
+    def refused(path, *rest, **more):
+        at_work = {"replace": Path(path).name == "README.md", "rmdir": True, "unlink": Path(path).name == LORA_FILE}
+        if at_work[call]:
+            raise PermissionError(1, "Operation not permitted", str(path))
+        return real(path, *rest, **more)
+
+    monkeypatch.setattr(owner, call, refused)
+    train(SCRIPT, flags(sd15, photos, tmp_path, "--checkpointing_steps=1", "--checkpoints_total_limit=1", steps=3))
+    assert "and the run goes on: [Errno 1] Operation not permitted" in caplog.text
+    assert lora(tmp_path)
 
 
 @pytest.mark.parametrize("name", [sap.TRAINING_FILE, sap.STATE_FILE, LORA_FILE])
@@ -193,7 +306,7 @@ def test_a_damaged_checkpoint_is_skipped(zeroed, name, stopped, undisturbed, sd1
 @pytest.mark.parametrize("value", ["latest", "checkpoint-2"])
 def test_a_checkpoint_of_an_older_format_is_refused(value, stopped, sd15, captioned):
     change_state(stopped / "checkpoint-2", lambda state: state.pop("format"))
-    with pytest.raises(sap.UsageError, match=f"--resume_from_checkpoint {value}: .*format 1, and this script reads 2"):
+    with pytest.raises(sap.UsageError, match=f"--resume_from_checkpoint {value}: .*format 1, and this script reads 3"):
         train(SCRIPT, arguments(sd15, captioned, stopped, f"--resume_from_checkpoint={value}"))
 
 
@@ -274,6 +387,78 @@ def test_another_base_does_not_go_on_from_a_checkpoint(stopped, sd21, captioned)
         train(SCRIPT, latest(sd21, captioned, stopped))
 
 
+def copied(base: Path, folder: Path) -> Path:
+    shutil.copytree(base, folder)
+    return folder
+
+
+def test_files_that_are_not_loaded_may_come_into_a_base(sd15, photos, tmp_path):
+    base = copied(sd15, tmp_path / "base")
+    train(SCRIPT, flags(base, photos, tmp_path / "out", "--checkpointing_steps=1", steps=1))
+    for name in (".DS_Store", "Thumbs.db", "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin",
+                 "diffusion_pytorch_model.fp16-00001-of-00002.safetensors"):  # fmt: skip
+        (base / "unet" / name).write_text("later")
+    (base / "safety_checker").mkdir()
+    (base / "safety_checker" / "config.json").write_text("{}")
+    before = sap.folder_fingerprint(sd15, None)
+    assert sap.folder_fingerprint(base, None) == before
+    (base / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_text("other")
+    assert sap.folder_fingerprint(base, "fp16") != before
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler", "tokenizer"])
+def test_one_byte_anywhere_makes_another_base(part, sd15, tmp_path):
+    base = copied(sd15, tmp_path / "base")
+    path = max((base / part).iterdir(), key=lambda path: path.stat().st_size)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size + 3 * 2**20)  # behind the first MiB, where none was looked at
+        before = sap.folder_fingerprint(base, None)
+        file.seek(-5, 2)
+        file.write(b"x")
+    assert sap.folder_fingerprint(base, None) != before
+
+
+def test_another_tokenizer_or_vae_makes_another_run(bases, photos, tmp_path):
+    module = importlib.import_module("train_sap_lora_sdxl")
+    base = bases["train_sap_lora_sdxl"]
+    vae = copied(base / "vae", tmp_path / "vae")
+    output = tmp_path / "out"
+    command = flags(base, photos, output, f"--pretrained_vae_model_name_or_path={vae}", "--checkpointing_steps=1")
+    train("train_sap_lora_sdxl", command)
+    moved = vae.rename(tmp_path / "moved")
+    again = [*command, "--resume_from_checkpoint=checkpoint-1", f"--pretrained_vae_model_name_or_path={moved}"]
+    train("train_sap_lora_sdxl", again)
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    with pytest.raises(module.UsageError, match="--pretrained_vae_model_name_or_path was a folder with the content"):
+        train("train_sap_lora_sdxl", again)
+
+
+def test_a_tokenizer_with_other_content_makes_another_run(stopped, sd15, captioned, tmp_path):
+    tokenizer = copied(sd15 / "tokenizer", tmp_path / "tokenizer")
+    command = arguments(sd15, captioned, tmp_path / "own", f"--tokenizer_name={tokenizer}", "--checkpointing_steps=1")
+    train(SCRIPT, [*command, "--max_train_steps=5"])
+    (tokenizer / "more.txt").write_text("other")
+    with pytest.raises(sap.UsageError, match="--tokenizer_name was a folder with the content"):
+        train(SCRIPT, [*command, "--resume_from_checkpoint=checkpoint-1"])
+
+
+def test_the_name_of_an_optimizer_may_be_written_in_small_letters(stopped, sd15, captioned, undisturbed):
+    train(SCRIPT, latest(sd15, captioned, stopped, "--optimizer=adamw"))
+    assert_equal(lora(stopped), lora(undisturbed))
+
+
+def test_a_file_is_hashed_by_blocks(tmp_path):
+    """However large a file is, no more of it than a block is in memory."""
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**28)
+    tracemalloc.start()
+    sap.fingerprint(tmp_path / "sparse")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24
+
+
 def test_what_does_not_change_the_result_may_change(stopped, undisturbed, sd15, captioned, tmp_path):
     for source, name in ((sd15, "base"), (captioned, "photos")):
         shutil.copytree(source, tmp_path / name)
@@ -301,24 +486,45 @@ def begun(sd15, captioned, tmp_path_factory):
 
 
 CHANGES = {
-    "a tensor is missing": lambda state, name: state["parameters"].pop(name),
-    "one too many": lambda state, name: state["parameters"].update(extra=torch.zeros(1)),
-    "another shape": lambda state, name: state["parameters"].update({name: torch.zeros(2, 2)}),
-    "another precision": lambda state, name: state["parameters"].update({name: state["parameters"][name].half()}),
-    "no optimizer": lambda state, name: state.pop("optimizer"),
-    "optimizer of fewer tensors": lambda state, name: state["optimizer"]["param_groups"].pop(),
+    "a tensor is missing": lambda parts, name: parts["lora"].pop(name),
+    "one too many": lambda parts, name: parts["lora"].update(extra=torch.zeros(1)),
+    "another shape": lambda parts, name: parts["lora"].update({name: torch.zeros(2, 2)}),
+    "another precision": lambda parts, name: parts["lora"].update({name: parts["lora"][name].half()}),
+    "no optimizer": lambda parts, name: parts.pop("optimizer"),
+    "optimizer of fewer tensors": lambda parts, name: parts["optimizer"]["param_groups"].pop(),
+    "a part that is a word": lambda parts, name: parts.update(lr_scheduler="constant"),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_training_state_that_does_not_fit_is_refused(change, begun, stopped):
     path = stopped / "checkpoint-2" / sap.TRAINING_FILE
+    begun[1].step = 2
     sap.load_checkpoint(*begun, path.parent)
     state = torch.load(path, weights_only=True)
-    CHANGES[change](state, next(iter(state["parameters"])))
+    CHANGES[change](state["parts"], next(iter(state["parts"]["lora"])))
     torch.save(state, path)
     with pytest.raises(sap.UsageError, match=f"--resume_from_checkpoint {path.parent}: {path.name} is refused"):
         sap.load_checkpoint(*begun, path.parent)
+
+
+def test_a_training_state_of_another_step_than_the_record_is_refused(stopped, sd15, captioned):
+    change_state(stopped / "checkpoint-2", lambda state: state.update(global_step=3))
+    with pytest.raises(sap.UsageError, match="it is of step 2, trainer_state.json of step 3"):
+        train(SCRIPT, latest(sd15, captioned, stopped))
+
+
+EDITED = [{"run": None}, {"run": "a word"}, {"run": []}, {"seed": "a word"}, {"seed": -1}, {"seed": 2**70},
+          {"seed": True}, {"global_step": 0}, {"files": {"../../notes.txt": "0"}}, {"files": ["x"]}]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", EDITED)
+def test_a_record_that_no_run_writes_is_none(change, stopped, sd15, captioned):
+    change_state(stopped / "checkpoint-2", lambda state: state.update(change))
+    without_seed = without(latest(sd15, captioned, stopped), "--seed")
+    assert sap.find_checkpoint(sap.parse_args(without_seed)) == (None, {})
+    with pytest.raises(sap.UsageError, match="no complete checkpoint"):
+        sap.find_checkpoint(sap.parse_args([*without_seed, "--resume_from_checkpoint=checkpoint-2"]))
 
 
 class Hostile:
@@ -374,54 +580,33 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("moment", range(4))
+@pytest.mark.parametrize("moment", ["while it is written", "before it has its name"])
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_what_replaces_another_is_never_lost(kind, moment, tmp_path, monkeypatch):
-    """The process dies when it renames or removes something for the first time, the second time and so on."""
+def test_a_write_that_is_cut_short_leaves_what_was_there(kind, moment, tmp_path, monkeypatch):
+    """The process dies: nothing is tidied up, until the next run begins."""
 
-    def write(path: Path, text: str) -> None:
-        if kind == "folder":
-            path.mkdir()
-        (path if kind == "file" else path / "text").write_text(text)
+    def die(*_):
+        raise Killed
 
-    def read(path: Path) -> str:
-        return (path if kind == "file" else path / "text").read_text()
-
-    calls = []
-
-    def dying(real):
-        def call(*arguments, **options):
-            calls.append(real)
-            if len(calls) > moment:
-                raise Killed
-            return real(*arguments, **options)
-
-        return call
-
-    final = tmp_path / "checkpoint-2"
-    write(final, "old")
-    with monkeypatch.context() as patched:
-        patched.setattr(sap.os, "replace", dying(sap.os.replace))
-        patched.setattr(sap.shutil, "rmtree", dying(sap.shutil.rmtree))
-        patched.setattr(sap, "tidy", lambda path, tidy=sap.tidy: len(calls) > moment or tidy(path))
-        try:
-            with sap.replacing(final) as partial:
-                write(partial, "new")
-        except Killed:
-            assert moment < 3
+    (tmp_path / "LoRA").write_text("old")
+    final = tmp_path / ("LoRA" if kind == "file" else "checkpoint-2")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(sap.os, "replace", die)
+        patched.setattr(sap, "tidy", lambda final: None)
+        with sap.replacing(final) as partial:
+            if kind == "folder":
+                partial.mkdir()
+            (partial if kind == "file" else partial / "text").write_text("new")
+            if moment == "while it is written":
+                die()
     with sap.locked(tmp_path):  # as the next run begins
         pass
     sap.tidy(final)
-    assert read(final) == ("old" if moment < (1 if kind == "file" else 2) else "new")
-    assert left_in(tmp_path) == {"checkpoint-2"}
-
-
-def test_a_checkpoint_that_was_moved_aside_comes_back(stopped):
-    (stopped / "checkpoint-2").rename(stopped / ".checkpoint-2.old")
-    (stopped / ".checkpoint-2.partial").mkdir()
-    with sap.locked(stopped):
-        assert left_in(stopped) == {"checkpoint-2"}
-    assert sap.read_state(stopped / "checkpoint-2" / sap.STATE_FILE)
+    assert left_in(tmp_path) == {"LoRA"}
+    assert (tmp_path / "LoRA").read_text() == "old"
+    with sap.replacing(tmp_path / "LoRA") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "LoRA").read_text() == "new"
 
 
 def test_a_folder_that_another_run_writes_into_is_refused(sd15, photos, tmp_path):
