@@ -111,7 +111,7 @@ def test_a_stop_while_the_result_is_written_waits_for_it(writes, sd15, photos, t
     with pytest.raises(SystemExit, match="143"):
         train(SCRIPT, flags(sd15, photos, tmp_path, "--output_kohya_format"))
     assert "SIGTERM: stopped after step 2 of 2" in caplog.text
-    assert left_in(tmp_path) == {LORA_FILE, sap.KOHYA_FILE, "metrics.jsonl"}
+    assert left_in(tmp_path) == {LORA_FILE, sap.KOHYA_FILE, sap.FINISHED_FILE, "metrics.jsonl"}
 
 
 def test_a_terminal_that_closes_does_not_matter_under_nohup(sd15, photos, tmp_path, monkeypatch):
@@ -168,7 +168,7 @@ def test_a_stop_reaches_a_run_whose_pictures_threads_prepare(sd15, photos, tmp_p
     arguments = flags(sd15, photos, tmp_path, "--dataloader_num_workers=2", "--resolution=32", steps=4)
     with pytest.raises(SystemExit, match="143"):
         train(SCRIPT, without(arguments, "--center_crop"))
-    assert left_in(tmp_path) == {LORA_FILE, "checkpoint-2", "metrics.jsonl"}
+    assert left_in(tmp_path) == {LORA_FILE, sap.KOHYA_FILE, sap.FINISHED_FILE, "checkpoint-2", "metrics.jsonl"}
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_explained(sd15, photos, tmp_path, monkeypatch):
@@ -191,7 +191,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_explained(sd15, photos, t
         "checkpoints: checkpoint-1, checkpoint-2, checkpoint-3",
     ):
         assert part in str(error.value)
-    assert (tmp_path / LORA_FILE).read_bytes() == before
+    assert (tmp_path / "earlier-1" / LORA_FILE).read_bytes() == before
 
 
 def test_steps_that_fp16_skips_leave_the_schedule_and_end_a_run_that_has_no_others(sd15, photos, tmp_path):
@@ -217,11 +217,12 @@ def test_weights_that_are_not_finite_reach_no_file(more, sd15, photos, tmp_path,
         next(iter(run.student.trained().values())).data.fill_(float("inf"))
 
     train(SCRIPT, flags(sd15, photos, tmp_path, "--output_kohya_format", steps=1))
-    before = {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
     monkeypatch.setattr(sap, "log_steps", poisoned)
     with pytest.raises(sap.RunError, match="the LoRA of unet is no longer finite.*checkpoints: none"):
         train(SCRIPT, flags(sd15, photos, tmp_path, "--output_kohya_format", *more, steps=2))
-    assert {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")} == before
+    assert {path.name: path.read_bytes() for path in (tmp_path / "earlier-1").glob("*.safetensors")} == before
+    assert list(tmp_path.glob("*.safetensors")) == []
     assert [name for name in left_in(tmp_path) if name.startswith(".")] == []
 
 
