@@ -2492,9 +2492,11 @@ def run_stages(args: Namespace, accelerator: Accelerator, signals: StopRequests)
     begun = time.monotonic()
     train_and_keep(run, training)
     seconds = (time.monotonic() - begun) / max(1, training.step - start)
-    memory = torch.cuda.max_memory_allocated() / 2**30
+    took = f"Took:     {seconds:.3g} s a step"
+    if run.device.type == "cuda":
+        took += f", at most {torch.cuda.max_memory_allocated() / 2**30:.3g} GB of the GPU's memory"
     finish(run, training.images, repo_id)
-    logger.info(f"Took:     {seconds:.3g} s a step; at most {memory:.3g} GB of the GPU's memory")
+    logger.info(took)
     accelerator.end_training()
 
 

@@ -22,8 +22,8 @@ OWN = {
     "train_sap_lora_sd15.py": [],
     "train_sap_lora_sdxl.py": [
         *OF_EVERY_BASE, "KOHYA_PREFIXES", "draw_micro_step", "vae_source", "write_kohya_lora", "base_version",
-        "EDM_SCHEDULERS", "is_edm", "diffuse_edm", "edm_coefficients", "size_conditioning", "STABILITY_BLOCK", "STABILITY_SLOTS",
-        "STABILITY_NAMES", "stability_key",
+        "EDM_SCHEDULERS", "is_edm", "diffuse_edm", "edm_coefficients", "size_conditioning", "STABILITY_BLOCK",
+        "STABILITY_SLOTS", "STABILITY_NAMES", "stability_key",
     ],
     "train_sap_lora_sd3.py": [
         *OF_EVERY_BASE, "DENOISER_CLASS", "DENOISER", "DENOISER_TARGETS", "LATENT_STRIDE", "FINAL_SAMPLING",
