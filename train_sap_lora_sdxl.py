@@ -1521,6 +1521,11 @@ def encode_texts(args: Namespace, pipeline: PIPELINE_CLASS, images: SubjectImage
     telling = logging.getLogger(PIPELINE_CLASS.__module__)
     telling.setLevel(logging.NOTSET)
     anchors = images.anchor_captions if args.anchor_weight > 0 else images.captions
+    tokenizers = [part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part]
+    for caption, anchor in zip(images.captions, anchors, strict=True):
+        same = [read(caption, truncation=True) == read(anchor, truncation=True) for read in tokenizers]
+        if all(same) and caption != anchor:
+            raise UsageError(f'to the text encoders "{caption}" is the same as "{anchor}": say the subject earlier')
     prompts = {*images.captions, *anchors}
     if args.caption_dropout > 0:
         prompts.add("")
@@ -1528,10 +1533,6 @@ def encode_texts(args: Namespace, pipeline: PIPELINE_CLASS, images: SubjectImage
     for prompt in tqdm(sorted(prompts), desc="Encoding prompts", leave=False):
         found = encode_prompts(pipeline, [prompt], pipeline.device)
         embeddings[prompt] = {name: tensor.cpu() for name, tensor in found.items()}
-    for caption, anchor in zip(images.captions, anchors, strict=True):
-        same = embeddings[caption]["encoder_hidden_states"].equal(embeddings[anchor]["encoder_hidden_states"])
-        if same and caption != anchor:
-            raise UsageError(f'to the text encoders "{caption}" is the same as "{anchor}": say the subject earlier')
     sampling_inputs = {}
     for prompt in {*args.validation_prompts, args.final_validation_prompt} - {None}:
         found = encode_for_sampling(pipeline, prompt)
