@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from runner import LORA_FILE, ROOT, flags
 
+KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 MARKS = {"flag": "hf_marked0flag0token", "HF_TOKEN": "hf_marked0environment", "WANDB_API_KEY": "a1b2c3d4e5" * 4}
 
 
@@ -83,7 +84,7 @@ def test_marked_secrets_reach_no_file_and_an_upload_holds_what_it_should(sd15, p
     commit = next(body for body in sent.bodies if b'"key": "header"' in body or b'"key":"header"' in body)
     lines = [json.loads(line)["value"] for line in commit.decode().splitlines() if '"file"' in line]
     uploaded = {line["path"]: base64.b64decode(line["content"]) for line in lines}
-    assert set(uploaded) == {LORA_FILE, "README.md", "image_0.png"}
+    assert set(uploaded) == {LORA_FILE, KOHYA_FILE, "README.md", "image_0.png"}
     assert uploaded[LORA_FILE] == (output / LORA_FILE).read_bytes()
 
 
