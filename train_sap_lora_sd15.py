@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11,<3.14"
 # dependencies = [
-#     "accelerate>=1.10", "bitsandbytes>=0.45; sys_platform != 'darwin'", "datasets>=4.0", "diffusers>=0.41",
-#     "filelock", "huggingface_hub>=1.0", "peft>=0.18", "pillow>=10.1", "safetensors>=0.5", "tensorboard",
-#     "torch>=2.6", "tqdm", "transformers>=5.0", "wandb",
+#     "accelerate>=1.10", "bitsandbytes>=0.45; sys_platform != 'darwin'", "datasets>=4.0", "diffusers>=0.42",
+#     "filelock", "huggingface_hub>=1.0", "peft>=0.20", "pillow>=10.1", "safetensors>=0.5", "tensorboard",
+#     "torch>=2.7", "tqdm", "transformers>=5.0", "wandb",
 # ]
 # ///
 """Personalise Stable Diffusion 1.x or 2.x with a LoRA that stays anchored to what the model knew of the class.
@@ -55,9 +55,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# They tell of packages that nothing here needs, when they are imported.
+# They tell of packages that nothing here needs, when they are imported, and of each attempt to reach the hub.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+for stream in ("stdout", "stderr"):
+    if getattr(sys, stream) is None:  # started with it closed: without this the next file would take its number
+        setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115 (open as long as the process)
 
 import diffusers
 import numpy as np
@@ -65,8 +69,7 @@ import safetensors.torch
 import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, init_empty_weights
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, tqdm
+from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, gather_object, tqdm
 from diffusers import AutoencoderKL, BitsAndBytesConfig
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -227,7 +230,8 @@ def anchor_caption(caption: str, subject_token: str, class_token: str = "") -> s
 # ---- What is special to this base ----
 
 PIPELINE_CLASS = diffusers.StableDiffusionPipeline
-DENOISER_CLASS, DENOISER = diffusers.UNet2DConditionModel, "unet"
+DENOISER_CLASS = diffusers.UNet2DConditionModel
+DENOISER = "unet"
 TRAINABLE_TEXT_ENCODERS = ("text_encoder",)
 BASE_PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 FOREIGN_PARTS = ("text_encoder_2", "transformer")
@@ -238,7 +242,10 @@ KOHYA_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
 LATENT_STRIDE = 8  # pixels an edge of a latent stands for
 FINAL_SAMPLING = {"num_inference_steps": 25}
 REPEATED_BLOCK = "BasicTransformerBlock"
-RESOLUTION, LEARNING_RATE, WEIGHT_DECAY, OUTPUT_DIR = 512, 5e-4, 1e-2, "lora-dreambooth-model"
+RESOLUTION = 512
+LEARNING_RATE = 5e-4
+WEIGHT_DECAY = 1e-2
+OUTPUT_DIR = "lora-dreambooth-model"
 TRACKER = "dreambooth-lora"
 
 # ---- What is not ----
@@ -257,22 +264,19 @@ HUB_TIMEOUT = 60  # seconds without an answer
 # What huggingface_hub's HTTP client raises where there is no answer: httpx's or httpx2's, by its version.
 NetworkError = HfHubHTTPError.__bases__[0]
 PAPER = "https://arxiv.org/abs/2511.22245"
-HUB_ADVICE = {  # by what is behind an error of loading
-    "GatedRepoError": " (accept its terms on the hub, then `hf auth login`)",
-    "RepositoryNotFoundError": " (check the name; if it is private, `hf auth login`)",
-    "LocalTokenNotFoundError": " (`hf auth login` first)",
-    "LocalEntryNotFoundError": " (the hub cannot be reached: go online, or name a folder)",
-    "OfflineModeIsEnabled": " (HF_HUB_OFFLINE is set: unset it, or name a folder)",
-}
 LR_SCHEDULERS = [name.value for name in SchedulerType if name != SchedulerType.PIECEWISE_CONSTANT]
 
 
 class UsageError(ValueError):
     """What the user can mend: the message names the flag or the file, what is wrong and what to do."""
 
+    status = 2
+
 
 class RunError(Exception):
     """What ended a run under way: the message says what, and what is left on the disk."""
+
+    status = 1
 
 
 def printable(text: str) -> str:
@@ -284,18 +288,16 @@ def printable(text: str) -> str:
 def explained(what: str, *more: type[Exception]) -> Iterator[None]:
     """Inside, or in a function that it decorates, what libraries raise becomes one sentence after `what`.
 
-    Only what they raise for files and values that they cannot use, and `more`: a bug of ours stays a traceback.
+    Only what they raise for files, values and connections that they cannot use, and `more`: a bug of ours stays a
+    traceback.
     """
     try:
         yield
     except UsageError:
         raise
     except (OSError, ValueError, LookupError, SafetensorError, NetworkError, *more) as error:
-        cause = error
-        while cause is not None and type(cause).__name__ not in HUB_ADVICE:
-            cause = cause.__cause__ or cause.__context__
-        advice = HUB_ADVICE.get(type(cause).__name__, "")
-        raise UsageError(f"{what}{advice}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"{what}: {reason}") from error
 
 
 # ---- Micro-steps: one batch each, from its draws to its losses ----
@@ -576,7 +578,7 @@ def agreed_signal(run: Run) -> int:
 def make_optimizer(run: Run) -> torch.optim.Optimizer:
     """AdamW, 8-bit AdamW or Prodigy over the adapters, with a rate and a weight decay for each kind of module."""
     args = run.args
-    prodigy = args.optimizer.lower() == "prodigy"
+    prodigy = args.optimizer == "prodigy"
     groups = []
     for name, module in run.student.adapted.items():
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -1065,19 +1067,23 @@ class SubjectImages:
         if missing < len(captions):
             stands_in = ", --instance_prompt stands in for the others" if missing else ""
             logger.info(f"Captions: found for {len(captions) - missing} of {len(captions)} pictures{stands_in}")
-        if anchored and args.subject_token is None and len(set(captions) - {None}) > 1:
+        token = args.subject_token
+        if token is None and args.class_prompt_lacks is not None:
+            token = customary_identifier([caption or "" for caption in captions])
+        if token is not None and args.subject_token is None:
+            logger.info(f'Anchors:  the captions without "{token}"; --subject_token to say it better')
+        if anchored and token is None and len(set(captions) - {None}) > 1:
             advice = "which draws out what they add: with --subject_token each has an anchor of its own"
             logger.warning(f'The captions differ and all are anchored to "{args.class_prompt}", {advice}')
         if anchored and args.class_prompt is None and missing:
             raise UsageError(f"--class_prompt is needed for the {missing} pictures without a caption")
         self.captions = [caption or args.instance_prompt for caption in captions]
         self.anchor_captions = [args.class_prompt or ""] * len(captions)
-        if anchored and args.subject_token is not None:
+        if anchored and token is not None:
             for index, caption in enumerate(captions):
-                if caption is not None:
+                if caption is not None and (args.subject_token or token in IDENTIFIER.findall(caption)):
                     with explained("--subject_token"):
-                        anchor = anchor_caption(caption, args.subject_token, args.class_token or "")
-                    self.anchor_captions[index] = anchor
+                        self.anchor_captions[index] = class_caption(caption, token, args.class_token or "")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -1579,6 +1585,10 @@ def prepare(args: Namespace, accelerator: Accelerator, images: SubjectImages, **
     denoiser = load_denoiser(args, accelerator, images)
     modules = {DENOISER: denoiser, **encoders}
     add_adapters(args, modules)
+    if args.gradient_checkpointing:
+        for encoder in encoders.values():  # by its new name, or that of older transformers
+            enable = getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
     if args.init_lora is not None:
         load_init_lora(args, modules)
     student = Student(denoiser, pipeline)
@@ -1957,24 +1967,13 @@ def fingerprint(source: Path | Image.Image) -> str:
     return digest.hexdigest()
 
 
-# What may change when a run is resumed: places, speed, output, and what pictures and captions say.
-FREE_ON_RESUME = """
-    instance_data_dir dataset_name dataset_config_name image_column caption_column cache_dir local_rank compile offload
-    dataloader_num_workers pre_compute_text_embeddings num_train_epochs steps_per_epoch anchor_batch_size output_dir
-    gradient_checkpointing allow_tf32 enable_xformers_memory_efficient_attention validation_prompt validation_prompts
-    with_prior_preservation class_data_dir num_class_images prior_loss_weight prior_generation_precision
-    sample_batch_size class_prompt_lacks output_kohya_format no_kohya_file num_validation_images validation_epochs
-    validation_steps validation_prompts_file validation_guidance_scale validation_inference_steps validation_data_dir
-    final_validation_prompt skip_final_inference checkpointing_steps checkpoints_total_limit resume_from_checkpoint
-    report_to logging_steps logging_dir push_to_hub hub_token hub_model_id""".split()
-
-
 def describe_run(args: Namespace, accelerator: Accelerator, images: SubjectImages) -> dict:
     """What the result of a run depends on, as JSON has it: flags, models (local ones by their files), pictures."""
-    record = {f"--{name}": found for name, found in vars(args).items() if name not in FREE_ON_RESUME}
+    free = {"steps_per_epoch", "validation_prompts", "class_prompt_lacks"}
+    free |= {flag.name[2:] for flag in KNOWN_FLAGS if isinstance(flag, Free)}
+    record = {f"--{name}": found for name, found in vars(args).items() if name not in free}
     record["--mixed_precision"] = accelerator.mixed_precision
     record["--num_processes"] = accelerator.num_processes
-    record["--optimizer"] = args.optimizer.lower()
     if args.lr_scheduler.startswith("constant"):
         del record["--max_train_steps"]
     for flag in ("--pretrained_model_name_or_path", "--tokenizer_name", "--pretrained_vae_model_name_or_path"):
@@ -2206,17 +2205,44 @@ def upload(args: Namespace, repo_id: str) -> None:
 # ---- Command line ----
 
 
-def value(kind: type, words: str, fits: Callable) -> Callable[[str], object]:
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A flag, with the names of argparse; without a type it is a switch. A run is resumed with the same value."""
+
+    name: str
+    help: str
+    type: Callable | None = None
+    default: object = None
+    choices: Sequence[str] | None = None
+    nargs: str | None = None
+    required: bool = False
+
+
+class Free(Flag):
+    """A flag that may change when a run is resumed: places, speed, output, what pictures and captions say."""
+
+
+class Unused(Free):
+    """A flag of prior preservation, accepted for old command lines."""
+
+
+def value(kind: Callable, words: str, fits: Callable) -> Callable[[str], object]:
     """A type for argparse: values of a kind that fit, which is what `words` describe."""
 
     def read(text: str) -> object:
-        with contextlib.suppress(ValueError):
-            if fits(kind(text)):
-                return kind(text)
+        with contextlib.suppress(ValueError, RuntimeError):
+            found = kind(text)
+            if fits(found):
+                return found
         raise argparse.ArgumentTypeError(f"must be {words}, not {text!r}")
 
     read.__name__ = kind.__name__  # argparse puts it into its messages
     return read
+
+
+def between(kind: Callable, low: float, high: float) -> Callable[[str], object]:
+    """A type for argparse: numbers in a range, its ends among them."""
+    return value(kind, f"from {low} to {high}", lambda x: low <= x <= high)
 
 
 def boolean(text: str) -> bool:
@@ -2224,280 +2250,377 @@ def boolean(text: str) -> bool:
     return ["false", "no", "0", "true", "yes", "1"].index(text.lower()) > 2
 
 
+def home_path(text: str) -> str:
+    """A path whose ~ is the home folder: shells leave it after `--output_dir=`."""
+    if text.startswith("~"):
+        return str(Path(text).expanduser())
+    return text
+
+
 boolean.__name__ = "bool"
+home_path.__name__ = "str"
 COUNT = value(int, "at least 1", lambda x: x >= 1)
-WHOLE = value(int, "at least 0 and below 2**63", lambda x: 0 <= x < 2**63)  # as torch's generators take seeds
+WHOLE = between(int, 0, 2**63 - 1)  # as torch's generators take seeds
 EDGE = value(int, f"a multiple of {LATENT_STRIDE}", lambda x: x >= 1 and x % LATENT_STRIDE == 0)
-AMOUNT = value(float, "at least 0 and below 1e38", lambda x: 0 <= x < 1e38)  # float32 ends there
+AMOUNT = between(float, 0, 1e38)  # float32 ends there
 POSITIVE = value(float, "above 0 and below 1e38", lambda x: 0 < x < 1e38)
 SHARE = value(float, "at least 0 and below 1", lambda x: 0 <= x < 1)
 TEXT = value(str, "given a value, or left out", bool)  # it is empty where a shell variable was not set
-FOLDER = value(str, "a folder that is there", lambda x: x != "" and Path(x).is_dir())
-FILE = value(str, "a file that is there", lambda x: Path(x).is_file())
-SIZES = value(str, f'"h,w;h,w" in multiples of {LATENT_STRIDE}, such as "512,512;640,384"',
-              lambda x: not any(edge % LATENT_STRIDE for edge in sum(parse_buckets_string(x), ())))  # fmt: skip
+PATH = value(home_path, "a path or a name, or left out", bool)
+FOLDER = value(home_path, "a folder that is there", lambda x: x != "" and Path(x).is_dir())
+FILE = value(home_path, "a file that is there", lambda x: Path(x).is_file())
+SIZES = value(
+    str,
+    f'"h,w;h,w" in multiples of {LATENT_STRIDE}, such as "512,512;640,384"',
+    lambda x: not any(edge % LATENT_STRIDE for edge in sum(parse_buckets_string(x), ())),
+)
 LAYERS = value(str, 'names with commas between them, "to_k,to_v"', lambda x: all(n.strip() for n in x.split(",")))
 SCHEDULE = value(str, f"one of {', '.join(LR_SCHEDULERS)}", LR_SCHEDULERS.__contains__)
 OPTIMIZER = value(str, "AdamW or prodigy", lambda x: x.lower() in ("adamw", "prodigy"))
 
-OUTPUT = "output: validation, checkpoints, logs, hub"
-# Every flag of diffusers' example, with its type, default and choices, and ours; those that matter come first. A flag
-# is its name, type, default (... where it must be given), help and choices, or a name and its help for a switch.
+# Every flag of diffusers' example, with its type, default and choices, and ours; those that matter come first.
 FLAGS_OF_BASE = [
-    ("--tokenizer_name", TEXT, None, "Another tokenizer than the base pipeline's: hub name or folder."),
-    ("--tokenizer_max_length", value(int, "at least 3: start, one word, end", lambda x: x >= 3), None,
-     "Tokens a prompt is cut or padded to, at most the encoder's limit."),
-    ("--text_encoder_use_attention_mask", "Hide padding tokens from the text encoder."),
-    ("--pre_compute_text_embeddings", "Accepted: prompts are always encoded beforehand."),
-    ("--class_labels_conditioning", TEXT, None, "Not supported: it belongs to pixel-space pipelines."),
-    ("--validation_images", list, None, "Not supported: it belongs to pixel-space pipelines."),
-]  # fmt: skip
+    Flag("--tokenizer_name", "Another tokenizer than the base pipeline's: hub name or folder.", PATH),
+    Flag(
+        "--tokenizer_max_length",
+        "Tokens a prompt is cut or padded to, at most the encoder's limit.",
+        value(int, "at least 3: start, one word, end", lambda x: x >= 3),
+    ),
+    Flag("--text_encoder_use_attention_mask", "Hide padding tokens from the text encoder."),
+    Free("--pre_compute_text_embeddings", "Accepted: prompts are always encoded beforehand."),
+    Flag("--class_labels_conditioning", "Not supported: it belongs to pixel-space pipelines.", TEXT),
+    Flag("--validation_images", "Not supported: it belongs to pixel-space pipelines.", str, nargs="+"),
+]
 FLAGS = [
     "start here",
-    ("--pretrained_model_name_or_path", TEXT, ..., "Base pipeline: hub name or local folder."),
-    ("--instance_data_dir", FOLDER, None, "Folder of pictures, captions in metadata.jsonl or NAME.txt."),
-    ("--instance_prompt", TEXT, ..., 'Subject prompt, such as "a photo of sks dog".'),
-    ("--class_prompt", TEXT, None, 'Anchor prompt: the same sentence for the class, "a photo of a dog".'),
-    ("--anchor_weight", AMOUNT, 0.5, "w of the objective; 0 is plain DreamBooth-LoRA."),
-    ("--resolution", EDGE, RESOLUTION, "Edge in pixels of the square that pictures are cropped to."),
-    ("--train_batch_size", COUNT, 4, "Samples a device in one micro-step."),
-    ("--max_train_steps", COUNT, None, "Optimizer steps in all (default: as --num_train_epochs says)."),
-    ("--learning_rate", AMOUNT, LEARNING_RATE, "Learning rate after warm-up."),
-    ("--mixed_precision", str, None, "Default: as accelerate is configured.", ["no", "fp16", "bf16"]),
-    ("--validation_prompt", str, None, "Prompt of pictures made during training and at its end."),
-    ("--output_dir", TEXT, OUTPUT_DIR, "Folder of the LoRA, the checkpoints and the logs."),
+    Flag("--pretrained_model_name_or_path", "Base pipeline: hub name or local folder.", PATH, required=True),
+    Free("--instance_data_dir", "Folder of pictures, captions in metadata.jsonl or NAME.txt.", FOLDER),
+    Flag("--instance_prompt", 'Subject prompt, such as "a photo of sks dog".', TEXT, required=True),
+    Flag("--class_prompt", 'Anchor prompt: the same sentence for the class, "a photo of a dog".', TEXT),
+    Flag("--anchor_weight", "w of the objective; 0 is plain DreamBooth-LoRA.", AMOUNT, 0.5),
+    Flag("--resolution", "Edge in pixels of the square that pictures are cropped to.", EDGE, RESOLUTION),
+    Flag("--train_batch_size", "Samples a device in one micro-step.", COUNT, 4),
+    Flag("--max_train_steps", "Optimizer steps in all (default: as --num_train_epochs says).", COUNT),
+    Flag("--learning_rate", "Learning rate after warm-up.", AMOUNT, LEARNING_RATE),
+    Flag("--mixed_precision", "Default: as accelerate is configured.", str, choices=["no", "fp16", "bf16"]),
+    Free("--validation_prompt", "Prompt of pictures made during training and at its end.", str),
+    Free("--output_dir", "Folder of the LoRA, the checkpoints and the logs.", PATH, OUTPUT_DIR),
     "model",
-    ("--revision", TEXT, None, "Branch, tag or commit of the base pipeline on the hub."),
-    ("--variant", TEXT, None, "File variant of the base weights, such as fp16."),
+    Flag("--revision", "Branch, tag or commit of the base pipeline on the hub.", TEXT),
+    Flag("--variant", "File variant of the base weights, such as fp16.", TEXT),
     *FLAGS_OF_BASE,
     "subject: pictures and captions",
-    ("--dataset_name", TEXT, None, "A `datasets` dataset of the pictures instead of a folder: hub name or path."),
-    ("--dataset_config_name", TEXT, None, "Configuration of that dataset."),
-    ("--image_column", TEXT, "image", "Column that holds the pictures."),
-    ("--caption_column", TEXT, None, "Column, or metadata.jsonl field, that holds a caption for each picture."),
-    ("--cache_dir", TEXT, None, "Where `datasets` keeps what it downloads."),
-    ("--repeats", COUNT, 1, "How often each picture counts in one epoch."),
-    ("--center_crop", "Crop the middle instead of a random place."),
-    ("--random_flip", "Mirror each picture with probability 1/2."),
-    ("--use_aspect_ratio_buckets", "Many shapes of as many pixels instead of a square; the nearest one is taken."),
-    ("--aspect_ratio_buckets", SIZES, None, 'Sizes "h,w;h,w;..." instead of a square; the nearest one is taken.'),
-    ("--cache_latents", "Encode each picture once (a random crop then stays the same)."),
-    ("--mask_dir", FOLDER, None, "A grey picture NAME.png for each photo NAME.jpg, white on the subject."),
-    ("--alpha_mask", "The photos' own transparency is the mask."),
-    ("--unmasked_weight", value(float, "from 0 to 1", lambda x: 0 <= x <= 1), 0.1, "What the photo weighs outside."),
-    ("--caption_dropout", SHARE, 0.0, "Share of samples trained with an empty prompt."),
-    ("--image_interpolation_mode", str, "lanczos", "How pictures are resized.",
-     ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]),
+    Free("--dataset_name", "A `datasets` dataset of the pictures instead of a folder: hub name or path.", PATH),
+    Free("--dataset_config_name", "Configuration of that dataset.", TEXT),
+    Free("--image_column", "Column that holds the pictures.", TEXT, "image"),
+    Free("--caption_column", "Column, or metadata.jsonl field, that holds a caption for each picture.", TEXT),
+    Free("--cache_dir", "Where `datasets` keeps what it downloads.", PATH),
+    Flag("--repeats", "How often each picture counts in one epoch.", COUNT, 1),
+    Flag("--center_crop", "Crop the middle instead of a random place."),
+    Flag("--random_flip", "Mirror each picture with probability 1/2."),
+    Flag("--use_aspect_ratio_buckets", "Many shapes of as many pixels instead of a square; the nearest one is taken."),
+    Flag("--aspect_ratio_buckets", 'Sizes "h,w;h,w;..." instead of a square; the nearest one is taken.', SIZES),
+    Flag("--cache_latents", "Encode each picture once (a random crop then stays the same)."),
+    Flag("--mask_dir", "A grey picture NAME.png for each photo NAME.jpg, white on the subject.", FOLDER),
+    Flag("--alpha_mask", "The photos' own transparency is the mask."),
+    Flag("--unmasked_weight", "What the photo weighs outside.", between(float, 0, 1), 0.1),
+    Flag("--caption_dropout", "Share of samples trained with an empty prompt.", SHARE, 0.0),
+    Flag(
+        "--image_interpolation_mode",
+        "How pictures are resized.",
+        str,
+        "lanczos",
+        ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"],
+    ),
     "semantic anchor",
-    ("--subject_token", TEXT, None, "Word of the subject: anchor captions are the captions without it."),
-    ("--class_token", str, None, "Word that replaces --subject_token in anchor captions (default: nothing)."),
-    ("--anchor_source", str, "pretrained", "Model that gives the anchor; finetuned (the one in training) is the "
-     "paper's ablation.", ["pretrained", "finetuned"]),
-    ("--anchor_batch_size", COUNT, 4, "Samples of coming micro-steps in one anchor forward."),
+    Flag("--subject_token", "Word of the subject: anchor captions are the captions without it.", TEXT),
+    Flag("--class_token", "Word that replaces --subject_token in anchor captions (default: nothing).", str),
+    Flag(
+        "--anchor_source",
+        "Model that gives the anchor; finetuned (the one in training) is the paper's ablation.",
+        str,
+        "pretrained",
+        ["pretrained", "finetuned"],
+    ),
+    Free("--anchor_batch_size", "Samples of coming micro-steps in one anchor forward.", COUNT, 4),
     "prior preservation: accepted for old command lines, unused",
-    ("--with_prior_preservation", "Unused."),
-    ("--class_data_dir", str, None, "Unused: no class pictures are read."),
-    ("--num_class_images", int, 100, "Unused: no class pictures are made."),
-    ("--prior_loss_weight", float, 1.0, "Unused: see --anchor_weight."),
-    ("--prior_generation_precision", str, None, "Unused.", ["no", "fp32", "fp16", "bf16"]),
-    ("--sample_batch_size", int, 4, "Unused."),
+    Unused("--with_prior_preservation", "Unused."),
+    Unused("--class_data_dir", "Unused: no class pictures are read.", str),
+    Unused("--num_class_images", "Unused: no class pictures are made.", int, 100),
+    Unused("--prior_loss_weight", "Unused: see --anchor_weight.", float, 1.0),
+    Unused("--prior_generation_precision", "Unused.", str, choices=["no", "fp32", "fp16", "bf16"]),
+    Unused("--sample_batch_size", "Unused.", int, 4),
     "LoRA",
-    ("--init_lora", TEXT, None, "Start from this LoRA, of the same rank and layers: a file, folder or hub name."),
-    ("--rank", COUNT, 4, "Rank of the update matrices."),
-    ("--lora_alpha", POSITIVE, None, "The update is scaled by alpha / rank (default: the rank, a scale of 1)."),
-    ("--lora_dropout", SHARE, 0.0, "Dropout before the update matrices."),
-    ("--lora_layers", LAYERS, None, 'Endings of the layers to adapt, "to_k,to_v" (default: attention).'),
-    ("--use_dora", "Train DoRA: magnitude and direction apart (arXiv 2402.09353)."),
-    ("--train_text_encoder", "Train a LoRA on the text encoder too."),
+    Flag("--init_lora", "Start from this LoRA, of the same rank and layers: a file, folder or hub name.", PATH),
+    Flag("--rank", "Rank of the update matrices.", COUNT, 4),
+    Flag("--lora_alpha", "The update is scaled by alpha / rank (default: the rank, a scale of 1).", POSITIVE),
+    Flag("--lora_dropout", "Dropout before the update matrices.", SHARE, 0.0),
+    Flag("--lora_layers", 'Endings of the layers to adapt, "to_k,to_v" (default: attention).', LAYERS),
+    Flag("--use_dora", "Train DoRA: magnitude and direction apart (arXiv 2402.09353)."),
+    Flag("--train_text_encoder", "Train a LoRA on the text encoder too."),
     "training",
-    ("--num_train_epochs", COUNT, 1, "Epochs, where --max_train_steps is not given."),
-    ("--gradient_accumulation_steps", COUNT, 1, "Micro-steps in one optimizer step."),
-    ("--seed", WHOLE, None, "Makes the run reproducible (default: drawn and told)."),
-    ("--gradient_checkpointing", "Save memory in the denoiser for time."),
-    ("--snr_gamma", POSITIVE, None, "Min-SNR weighting of both loss terms, 5.0 in arXiv 2303.09556."),
-    ("--allow_tf32", "Let Ampere and newer GPUs multiply in TF32."),
-    ("--enable_xformers_memory_efficient_attention", "Use xformers' attention."),
-    ("--offload", "Text encoders that do not train read prompts on the CPU; the VAE rests there."),
-    ("--bnb_quantization_config_path", TEXT, None, "JSON file of diffusers' BitsAndBytesConfig: the frozen denoiser "
-     "in 4 or 8 bits, on a GPU."),
-    ("--compile", "Compile the denoiser's blocks: minutes at first, then faster steps."),
-    ("--dataloader_num_workers", WHOLE, 0, "Threads that prepare random crops beforehand."),
-    ("--local_rank", int, -1, "Set by launchers."),
+    Free("--num_train_epochs", "Epochs, where --max_train_steps is not given.", COUNT, 1),
+    Flag("--gradient_accumulation_steps", "Micro-steps in one optimizer step.", COUNT, 1),
+    Flag("--seed", "Makes the run reproducible (default: drawn and told).", WHOLE),
+    Free("--gradient_checkpointing", "Save memory in what trains, for time."),
+    Flag("--snr_gamma", "Min-SNR weighting of both loss terms, 5.0 in arXiv 2303.09556.", POSITIVE),
+    Free("--allow_tf32", "Let Ampere and newer GPUs multiply in TF32."),
+    Free("--enable_xformers_memory_efficient_attention", "Use xformers' attention."),
+    Free("--offload", "Text encoders that do not train read prompts on the CPU; the VAE rests there."),
+    Flag(
+        "--bnb_quantization_config_path",
+        "JSON file of diffusers' BitsAndBytesConfig: the frozen denoiser in 4 or 8 bits, on a GPU.",
+        PATH,
+    ),
+    Free("--compile", "Compile the denoiser's blocks: minutes at first, then faster steps."),
+    Free("--dataloader_num_workers", "Threads that prepare random crops beforehand.", WHOLE, 0),
+    Free("--local_rank", "Set by launchers.", int, -1),
     "optimizer",
-    ("--text_encoder_lr", AMOUNT, 5e-6, "Learning rate of the text encoder's LoRA."),
-    ("--scale_lr", "Multiply the rate by accumulation, batch size and processes."),
-    ("--lr_scheduler", SCHEDULE, "constant", f"One of {', '.join(LR_SCHEDULERS)}."),
-    ("--lr_warmup_steps", WHOLE, 500, "Optimizer steps of warm-up, for schedules that have one."),
-    ("--lr_num_cycles", COUNT, 1, "Restarts of cosine_with_restarts."),
-    ("--lr_power", AMOUNT, 1.0, "Power of the polynomial schedule."),
-    ("--optimizer", OPTIMIZER, "AdamW", "AdamW or prodigy."),
-    ("--use_8bit_adam", "AdamW with 8-bit state, from bitsandbytes."),
-    ("--adam_beta1", SHARE, 0.9, "First beta, of AdamW and Prodigy."),
-    ("--adam_beta2", SHARE, 0.999, "Second beta, of AdamW and Prodigy."),
-    ("--adam_weight_decay", AMOUNT, WEIGHT_DECAY, "Weight decay of the denoiser's LoRA."),
-    ("--adam_weight_decay_text_encoder", AMOUNT, 1e-3, "And of the text encoder's."),
-    ("--adam_epsilon", POSITIVE, 1e-8, "Epsilon, of AdamW and Prodigy."),
-    ("--prodigy_beta3", SHARE, None, "Prodigy's third beta (default: the root of the second)."),
-    ("--prodigy_decouple", boolean, True, "Decoupled weight decay in Prodigy."),
-    ("--prodigy_use_bias_correction", boolean, True, "Bias correction in Prodigy."),
-    ("--prodigy_safeguard_warmup", boolean, True, "Keep Prodigy's estimate small in warm-up."),
-    ("--max_grad_norm", POSITIVE, 1.0, "Gradients are clipped to this norm."),
-    OUTPUT,
-    ("--output_kohya_format", "Also write the LoRA with the keys of kohya's tools."),
-    ("--no_kohya_file", "Do not write the LoRA with the keys of kohya's tools."),
-    ("--num_validation_images", WHOLE, 4, "How many of them."),
-    ("--validation_epochs", COUNT, 50, "Every how many epochs."),
-    ("--validation_steps", COUNT, None, "Every how many optimizer steps, instead of epochs."),
-    ("--validation_prompts_file", FILE, None, "More prompts, one a line."),
-    ("--validation_guidance_scale", AMOUNT, None, "Guidance of these pictures (default: the pipeline's)."),
-    ("--validation_inference_steps", COUNT, None, "Denoising steps of these pictures."),
-    ("--validation_data_dir", FOLDER, None, "Photos held out: both loss terms on them, logged as val/."),
-    ("--final_validation_prompt", str, None, "Another prompt for the pictures at the end."),
-    ("--skip_final_inference", "Make no pictures at the end."),
-    ("--checkpointing_steps", COUNT, 500, "Optimizer steps between checkpoints."),
-    ("--checkpoints_total_limit", COUNT, None, "How many checkpoints stay on disk."),
-    ("--resume_from_checkpoint", TEXT, None, 'A checkpoint\'s folder or name, or "latest".'),
-    ("--report_to", TEXT, "tensorboard", "tensorboard, wandb, comet_ml, all or none."),
-    ("--logging_steps", COUNT, 1, "Fetch the losses from the device every so many steps."),
-    ("--logging_dir", TEXT, "logs", "Folder of the logs, inside the output folder."),
-    ("--push_to_hub", "Upload the LoRA, its card and its pictures; nothing else."),
-    ("--hub_token", TEXT, None, "Token for that. accelerate launch prints it if the run fails: prefer hf auth login."),
-    ("--hub_model_id", TEXT, None, "Repository (default: the output folder's name)."),
-]  # fmt: skip
+    Flag("--text_encoder_lr", "Learning rate of the text encoder's LoRA.", AMOUNT, 5e-6),
+    Flag("--scale_lr", "Multiply the rate by accumulation, batch size and processes."),
+    Flag("--lr_scheduler", f"One of {', '.join(LR_SCHEDULERS)}.", SCHEDULE, "constant"),
+    Flag("--lr_warmup_steps", "Optimizer steps of warm-up, for schedules that have one.", WHOLE, 500),
+    Flag("--lr_num_cycles", "Restarts of cosine_with_restarts.", COUNT, 1),
+    Flag("--lr_power", "Power of the polynomial schedule.", AMOUNT, 1.0),
+    Flag("--optimizer", "AdamW or prodigy.", OPTIMIZER, "AdamW"),
+    Flag("--use_8bit_adam", "AdamW with 8-bit state, from bitsandbytes."),
+    Flag("--adam_beta1", "First beta, of AdamW and Prodigy.", SHARE, 0.9),
+    Flag("--adam_beta2", "Second beta, of AdamW and Prodigy.", SHARE, 0.999),
+    Flag("--adam_weight_decay", "Weight decay of the denoiser's LoRA.", AMOUNT, WEIGHT_DECAY),
+    Flag("--adam_weight_decay_text_encoder", "And of the text encoder's.", AMOUNT, 1e-3),
+    Flag("--adam_epsilon", "Epsilon, of AdamW and Prodigy.", POSITIVE, 1e-8),
+    Flag("--prodigy_beta3", "Prodigy's third beta (default: the root of the second).", SHARE),
+    Flag("--prodigy_decouple", "Decoupled weight decay in Prodigy.", boolean, True),
+    Flag("--prodigy_use_bias_correction", "Bias correction in Prodigy.", boolean, True),
+    Flag("--prodigy_safeguard_warmup", "Keep Prodigy's estimate small in warm-up.", boolean, True),
+    Flag("--max_grad_norm", "Gradients are clipped to this norm.", POSITIVE, 1.0),
+    "output: validation, checkpoints, logs, hub",
+    Free("--output_kohya_format", "Accepted: the LoRA with the keys of kohya's tools is written without it."),
+    Free("--no_kohya_file", "Do not write that file, which ComfyUI, A1111 and Forge read (SD1.5, SDXL)."),
+    Free("--num_validation_images", "How many of them.", WHOLE, 4),
+    Free("--validation_epochs", "Every how many epochs.", COUNT, 50),
+    Free("--validation_steps", "Every how many optimizer steps, instead of epochs.", COUNT),
+    Free("--validation_prompts_file", "More prompts, one a line.", FILE),
+    Free("--validation_guidance_scale", "Guidance of these pictures (default: the pipeline's).", AMOUNT),
+    Free("--validation_inference_steps", "Denoising steps of these pictures.", COUNT),
+    Free("--validation_data_dir", "Photos held out: both loss terms on them, logged as val/.", FOLDER),
+    Free("--final_validation_prompt", "Another prompt for the pictures at the end.", str),
+    Free("--skip_final_inference", "Make no pictures at the end."),
+    Free("--checkpointing_steps", "Steps between checkpoints (default: 100, and the last 5 of them stay).", COUNT),
+    Free("--checkpoints_total_limit", "How many checkpoints stay on disk.", COUNT),
+    Free("--resume_from_checkpoint", 'A checkpoint\'s folder or name, or "latest".', PATH),
+    Free("--report_to", "tensorboard, wandb, comet_ml, all or none.", TEXT, "tensorboard"),
+    Free("--logging_steps", "Fetch the losses from the device every so many steps.", COUNT, 1),
+    Free("--logging_dir", "Folder of the logs, inside the output folder.", PATH, "logs"),
+    Free("--push_to_hub", "Upload the LoRA, its card and its pictures; nothing else."),
+    Free("--hub_token", "Token for that. accelerate launch prints it if the run fails: prefer hf auth login.", TEXT),
+    Free("--hub_model_id", "Repository (default: the output folder's name).", TEXT),
+]
+KNOWN_FLAGS = [flag for flag in FLAGS if isinstance(flag, Flag)]
+ADVANCED_FLAGS = {  # of diffusers' advanced scripts, with what comes nearest here
+    "--train_text_encoder_ti": "--train_text_encoder trains the encoder's layers, no new token",
+    "--train_text_encoder_ti_frac": "--train_text_encoder trains to the end",
+    "--train_text_encoder_frac": "--train_text_encoder trains to the end",
+    "--token_abstraction": "--subject_token names the word of the subject",
+    "--num_new_tokens_per_abstraction": "--subject_token names the word of the subject",
+    "--use_blora": "--lora_layers names the layers to adapt",
+    "--lora_unet_blocks": "--lora_layers names the layers to adapt",
+}
+IDENTIFIER = re.compile(r"(?<!\S)(?:sks|zwx|ohwx|xjy|TOK|[VS]\*|\[V\*?\]|<[^<>\s]+>)(?!\S)")
+SMALL_WORDS = "a|an|the|my|of|in|on|at|by|with|from|for|to|and|near|under|like|as|called|named"
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of `FLAGS`."""
     usage = "accelerate launch %(prog)s --pretrained_model_name_or_path BASE --instance_data_dir FOLDER "
-    usage += '--instance_prompt "a photo of sks dog" --class_prompt "a photo of a dog" [more flags]'
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0], fromfile_prefix_chars="@")
+    usage += '--instance_prompt "a photo of sks dog" --class_prompt "a photo of a dog" [more flags, or @FILE of flags]'
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0])
     for flag in FLAGS:
         if isinstance(flag, str):
-            add = parser.add_argument_group(flag).add_argument
-        elif len(flag) == 2:
-            add(flag[0], action="store_true", help=flag[1])
+            group = parser.add_argument_group(flag)
+        elif flag.type is None:
+            group.add_argument(flag.name, action="store_true", help=flag.help)
         else:
-            name, kind, default, text, *choices = flag
-            options = {"nargs": "+"} if kind is list else {"type": kind, "choices": choices[0] if choices else None}
-            options |= {"required": True} if default is ... else {"default": default}
-            add(name, help=text if default in (None, ...) else f"{text} (default: {default})", **options)
+            options = vars(flag).copy()
+            if flag.default is not None:
+                options["help"] += f" (default: {flag.default})"
+            group.add_argument(options.pop("name"), **options)
     return parser
 
 
 def parse_args(input_args: Sequence[str] | None = None) -> Namespace:
     """Read and check the command line (`sys.argv` without `input_args`); a mistake ends in one sentence, status 2."""
-    parser, given = make_parser(), sys.argv[1:] if input_args is None else list(input_args)
-    args, unknown = parser.parse_known_args(given)
-    known = [name for name in parser._option_string_actions if name.startswith("--")]
-    for word in unknown:
-        like = difflib.get_close_matches(word.split("=")[0], known, 1)
-        parser.error(f"unrecognized arguments: {word}" + (f"; did you mean {like[0]}?" if like else ""))
-    for name in {word.split("=")[0] for word in given if word.startswith("--")}.difference(known):
-        print(f"{name} is read as {next(one for one in known if one.startswith(name))}", file=sys.stderr)
-    args.lora_alpha = args.lora_alpha or args.rank
-    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
-    if args.hub_token:  # wandb copies sys.argv into its files
-        sys.argv[1:] = [word.replace(args.hub_token, "***") for word in sys.argv[1:]]
-    args.validation_prompts = [args.validation_prompt] if args.validation_prompt else []
+    parser = make_parser()
     try:
-        if args.validation_prompts_file is not None:
-            lines = read_text(Path(args.validation_prompts_file)).splitlines()
-            args.validation_prompts += [line.strip() for line in lines if line.strip()]
-        derive_class_prompt(args)
-        for sentence, applies in mistakes(args).items():
-            if applies:
-                raise UsageError(sentence)
+        given = sys.argv[1:] if input_args is None else input_args
+        args, unknown = parser.parse_known_args(read_flag_files(given))
+        if unknown:
+            refuse_unknown(unknown[0])
+        settle_arguments(args)
+        check_places(args)
+        check_anchor(args)
+        check_packages(args)
+        check_base_flags(args)
         quantization_config(args)
     except UsageError as error:
-        parser.error(str(error))
+        parser.error(printable(str(error)))
     return args
 
 
+def read_flag_files(given: Sequence[str]) -> list[str]:
+    """The words of a command line. Where a flag may stand, @FILE stands for the words of a file, in a shell's form."""
+    valued = [flag.name for flag in KNOWN_FLAGS if flag.type is not None]
+    words = []
+    for word in given:
+        is_value = bool(words) and any(name.startswith(words[-1]) for name in valued)
+        if word.startswith("@") and not is_value:
+            with explained(f"{word}: a file of flags, quoted as in a shell, in UTF-8, was expected"):
+                text = Path(home_path(word[1:])).read_text(encoding="utf-8-sig")
+                words += shlex.split(text, comments=True)
+        else:
+            words.append(word)
+    with explained("The command line is not UTF-8"):
+        "".join(words).encode()
+    return words
+
+
+def refuse_unknown(word: str) -> None:
+    """Raise `UsageError` for a flag that is not there, with the one that may be meant."""
+    name = word.split("=")[0]
+    if name in ADVANCED_FLAGS:
+        raise UsageError(f"{name} of diffusers' advanced scripts is not supported; {ADVANCED_FLAGS[name]}")
+    like = difflib.get_close_matches(name, [flag.name for flag in KNOWN_FLAGS], 1)
+    meant = "".join(f"; did you mean {one}?" for one in like)
+    raise UsageError(f"unrecognized arguments: {word}{meant}")
+
+
+def settle_arguments(args: Namespace) -> None:
+    """Fill in what follows from other flags."""
+    args.lora_alpha = args.lora_alpha or args.rank
+    args.optimizer = args.optimizer.lower()
+    if args.checkpointing_steps is None:
+        args.checkpointing_steps = 100
+        args.checkpoints_total_limit = args.checkpoints_total_limit or 5
+    if args.hub_token:  # wandb copies sys.argv into its files
+        sys.argv[1:] = [word.replace(args.hub_token, "***") for word in sys.argv[1:]]
+    args.validation_prompts = []
+    if args.validation_prompt:
+        args.validation_prompts.append(args.validation_prompt)
+    if args.validation_prompts_file is not None:
+        lines = read_text(Path(args.validation_prompts_file)).splitlines()
+        args.validation_prompts += [line.strip() for line in lines if line.strip()]
+    derive_class_prompt(args)
+
+
 def derive_class_prompt(args: Namespace) -> None:
-    """Where `--class_prompt` is not given: `--instance_prompt` without `--subject_token`, or without the one word in
-    it that is customary for subjects."""
-    prompt, token = args.instance_prompt, args.subject_token
+    """Where `--class_prompt` is not given: `--instance_prompt` without the word for the subject."""
+    prompt = args.instance_prompt
     args.class_prompt_lacks = None
     if args.anchor_weight == 0 or args.class_prompt is not None:
         return
-    if token is not None:  # where every picture has a caption the instance prompt is not used, and may lack it
-        with contextlib.suppress(ValueError) if args.caption_column else explained("--subject_token"):
-            args.class_prompt = anchor_caption(prompt, token, args.class_token or "")
-        return
-    found = list(re.finditer(r"(?<!\S)(?:sks|zwx|ohwx|xjy|TOK|[VS]\*|\[V\*?\]|<[^<>\s]+>)(?!\S)", prompt))
+    token = args.subject_token
+    if token is None:
+        token = args.class_prompt_lacks = customary_identifier([prompt])
+    # Where every picture has a caption the instance prompt is not used, and may lack the word.
+    if token is not None and (token in prompt or args.caption_column is None):
+        with explained("--instance_prompt"):
+            args.class_prompt = class_caption(prompt, token, args.class_token or "")
+
+
+def customary_identifier(texts: Sequence[str]) -> str | None:
+    """The word customary for subjects, such as sks, that the texts hold, if it is one word in all of them."""
+    found = set(IDENTIFIER.findall(" ".join(texts)))
     if len(found) == 1:
-        before, word, after = prompt[: found[0].start()].split(), found[0][0], prompt[found[0].end() :].split()
-        article = "an" if " ".join(after)[:1].lower() in tuple("aeiou") else "a"
-        token = f"{before[-1]} {word}" if before[-1:] in (["a"], ["an"]) else word
-        # No article where another word says which one is meant, or where the noun may be plural.
-        said = before[-1:] in (["the"], ["my"], ["your"], ["his"], ["her"], ["our"], ["this"])
-        bare = said or not after or after[0].endswith("s")
-        args.class_prompt = anchor_caption(prompt, token, "" if bare and token == word else article)
-        args.class_prompt_lacks = word
+        return found.pop()
+    return None
 
 
-def mistakes(args: Namespace) -> dict[str, bool]:
-    """What can be wrong with a command line, a sentence each, and whether it is."""
-    with explained("--output_dir"):
-        taken = Path(args.output_dir).is_file()
-    with explained("--hub_model_id"):
-        validate_repo_id((args.hub_model_id or Path(args.output_dir).name) if args.push_to_hub else "none")
-    photos = None if args.instance_data_dir is None else Path(args.instance_data_dir)
+def class_caption(caption: str, subject_token: str, class_token: str) -> str:
+    """`anchor_caption`; raises `ValueError` also where nothing is left in the subject's place: "a photo of"."""
+    before = rf"(?:^|\b(?:{SMALL_WORDS})\s+)"
+    after = rf"(?!\w)(?:\s*(?:$|[.!?])|\s+(?:{SMALL_WORDS})\b)"
+    bare = re.search(before + re.escape(subject_token) + after, caption.strip(), re.IGNORECASE)
+    if bare and not class_token:
+        advice = 'say what it is one of: --class_prompt "a photo of a dog", or --subject_token with --class_token dog'
+        raise ValueError(f'"{caption}" without "{subject_token}" names nothing that the anchor could hold; {advice}')
+    return anchor_caption(caption, subject_token, class_token)
+
+
+def check_places(args: Namespace) -> None:
+    """Raise `UsageError` for pictures, a base or an output folder that cannot be meant."""
+    if (args.instance_data_dir is None) == (args.dataset_name is None):
+        raise UsageError("pass the subject's pictures once: either --instance_data_dir or --dataset_name")
+    with explained(f"--output_dir {args.output_dir}", RuntimeError):
+        output_dir = Path(args.output_dir).resolve()
+        if output_dir.is_file():
+            raise ValueError("this is a file; name a folder")
+        if args.instance_data_dir and output_dir.is_relative_to(Path(args.instance_data_dir).resolve()):
+            raise ValueError("this is in the folder of the photos, and its pictures would be trained on")
+    base = args.pretrained_model_name_or_path
+    with explained(f"--pretrained_model_name_or_path {base} is no folder here, and no name on the hub"):
+        if not Path(base).exists():
+            validate_repo_id(base)
+    if args.push_to_hub:
+        with explained("--hub_model_id"):
+            validate_repo_id(args.hub_model_id or output_dir.name)
+
+
+def check_anchor(args: Namespace) -> None:
+    """Raise `UsageError` where flags of the anchor and of masks contradict one another."""
+    if args.class_token is not None and args.subject_token is None:
+        raise UsageError("--class_token replaces --subject_token, which is not given: pass both")
+    if args.anchor_weight > 0 and args.class_prompt is None and args.subject_token is None:
+        raise UsageError(
+            'the anchor needs a prompt for the class: --class_prompt, "a photo of a dog" for "a photo of sks dog", '
+            "or --subject_token to derive it, or --anchor_weight 0 to train without it"
+        )
+    if args.mask_dir and args.alpha_mask:
+        raise UsageError("--mask_dir and --alpha_mask are two sources of masks: pass one")
+    if (args.mask_dir or args.alpha_mask) and args.anchor_weight == 0:
+        raise UsageError("masks need the anchor, which holds what is outside of them: drop --anchor_weight 0")
+
+
+def check_packages(args: Namespace) -> None:
+    """Raise `UsageError` for what this environment cannot do."""
     accumulation = str(args.gradient_accumulation_steps)
-    trackers, found = ({str(name) for name in names} - {"all"} for names in (LoggerType, get_available_trackers()))
-    packages = {
-        "--optimizer prodigy": ("prodigyopt", args.optimizer.lower() == "prodigy"),
-        "--use_8bit_adam": ("bitsandbytes", args.use_8bit_adam),
-        "--bnb_quantization_config_path": ("bitsandbytes", args.bnb_quantization_config_path is not None),
-        "--enable_xformers_memory_efficient_attention": ("xformers", args.enable_xformers_memory_efficient_attention),
-        f"--report_to {args.report_to}": (args.report_to, args.report_to in trackers - found),
-        "--dataset_name": ("datasets", args.dataset_name is not None),
-    }
-    return {
-        "pass the subject's pictures once: either --instance_data_dir or --dataset_name":
-            (args.instance_data_dir is None) == (args.dataset_name is None),
-        f"--output_dir: {args.output_dir} is a file; name a folder": taken,
-        "--output_dir is in the folder of the photos, and what is made there would be trained on; take another one":
-            photos is not None and Path(args.output_dir).resolve().is_relative_to(photos.resolve()),
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS, which is set, differs from --gradient_accumulation_steps: unset it":
-            os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", accumulation) != accumulation,
-        "--class_token replaces --subject_token, which is not given: pass both":
-            args.class_token is not None and args.subject_token is None,
-        'the anchor needs a prompt for the class: --class_prompt, "a photo of a dog" for "a photo of sks dog", '
-        "or --subject_token to derive it, or --anchor_weight 0 to train without it":
-            args.anchor_weight > 0 and args.class_prompt is None and args.subject_token is None,
-        "masks need the anchor, which holds what is outside of them: without it that is destroyed; drop "
-        "--anchor_weight 0": (args.mask_dir or args.alpha_mask) and args.anchor_weight == 0,
-        "--mask_dir and --alpha_mask are two sources of masks: pass one": args.mask_dir and args.alpha_mask,
-        "--use_aspect_ratio_buckets needs diffusers 0.42: update it, or pass --aspect_ratio_buckets":
-            args.use_aspect_ratio_buckets and not hasattr(diffusers.training_utils, "generate_aspect_ratio_buckets"),
-        f"--report_to must be one of {', '.join(sorted(trackers))}, all, none, not {args.report_to}":
-            args.report_to not in trackers | {"all", "none"},
-        **{f"{flag} needs the package {package}, which is not installed: pip install {package}":
-            wanted and importlib.util.find_spec(package) is None for flag, (package, wanted) in packages.items()},
-        "--report_to wandb together with --hub_token would show the token: use `hf auth login`":
-            args.report_to == "wandb" and args.hub_token is not None,
-        **mistakes_of_base(args),
-    }  # fmt: skip
+    if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", accumulation) != accumulation:
+        raise UsageError("ACCELERATE_GRADIENT_ACCUMULATION_STEPS differs from --gradient_accumulation_steps: unset it")
+    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
+    if args.compile and not any(shutil.which(name) for name in compilers):
+        raise UsageError("--compile needs a C++ compiler, and there is none: install g++, or leave it out")
+    trackers = [*LoggerType.list(), "none"]
+    if args.report_to not in trackers:
+        raise UsageError(f"--report_to must be one of {', '.join(trackers)}, not {args.report_to}")
+    if args.report_to == "wandb" and args.hub_token is not None:
+        raise UsageError("--report_to wandb together with --hub_token would show the token: use `hf auth login`")
+    for flag, package, wanted in (
+        ("--optimizer prodigy", "prodigyopt", args.optimizer == "prodigy"),
+        ("--use_8bit_adam", "bitsandbytes", args.use_8bit_adam),
+        ("--bnb_quantization_config_path", "bitsandbytes", args.bnb_quantization_config_path),
+        ("--enable_xformers_memory_efficient_attention", "xformers", args.enable_xformers_memory_efficient_attention),
+        (f"--report_to {args.report_to}", args.report_to, args.report_to not in ("all", "none")),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UsageError(f"{flag} needs the package {package}, which is not installed: pip install {package}")
 
 
-def mistakes_of_base(args: Namespace) -> dict[str, bool]:
-    """What Stable Diffusion 1.x and 2.x cannot do."""
-    return {
-        "--class_labels_conditioning and --validation_images belong to pixel-space pipelines (DeepFloyd IF), "
-        "which are not supported": args.class_labels_conditioning is not None or args.validation_images is not None,
-        "--pre_compute_text_embeddings cannot go with --train_text_encoder, which changes them":
-            args.train_text_encoder and args.pre_compute_text_embeddings,
-    }  # fmt: skip
+def check_base_flags(args: Namespace) -> None:
+    """Raise `UsageError` for what Stable Diffusion 1.x and 2.x cannot do."""
+    if args.class_labels_conditioning is not None or args.validation_images is not None:
+        flags = "--class_labels_conditioning and --validation_images"
+        raise UsageError(f"{flags} belong to pixel-space pipelines (DeepFloyd IF), which are not supported")
+    if args.train_text_encoder and args.pre_compute_text_embeddings:
+        raise UsageError("--pre_compute_text_embeddings cannot go with --train_text_encoder, which changes them")
 
 
 def quantization_config(args: Namespace, dtype: torch.dtype = torch.float32) -> BitsAndBytesConfig | None:
     """What `--bnb_quantization_config_path` says; 4-bit weights compute in `dtype` unless the file says otherwise."""
-    path, wanted = args.bnb_quantization_config_path, 'a JSON object such as {"load_in_4bit": true}'
-    if path is None:
+    file = args.bnb_quantization_config_path
+    if file is None:
         return None
-    with explained(f"--bnb_quantization_config_path {path} must be {wanted}", AttributeError, TypeError):
-        options = json.loads(Path(path).read_text(encoding="utf-8"))
+    wanted = 'a JSON object such as {"load_in_4bit": true}'
+    with explained(f"--bnb_quantization_config_path {file} must be {wanted}", AttributeError, TypeError):
+        options = json.loads(Path(file).read_text(encoding="utf-8"))
         config = BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": dtype} | options)
         if not config.is_quantizable():
             raise ValueError("it must ask for load_in_4bit or load_in_8bit")
@@ -2508,27 +2631,19 @@ def quantization_config(args: Namespace, dtype: torch.dtype = torch.float32) -> 
 
 def warn_about_arguments(args: Namespace) -> None:
     """Say once what was accepted and is not used, and what is hardly meant."""
-    unused = {"with_prior_preservation": False, "class_data_dir": None, "num_class_images": 100,
-              "prior_loss_weight": 1.0, "prior_generation_precision": None, "sample_batch_size": 4}  # fmt: skip
-    given = [f"--{name}" for name, default in unused.items() if getattr(args, name) != default]
-    prodigy, anchor = args.optimizer.lower() == "prodigy", args.class_prompt if args.anchor_weight > 0 else None
-    identifier = args.subject_token or "sks"
-    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")  # which `accelerate launch` always sets
-    for sentence, applies in {
-        f"the launcher's dynamo backend {backend}: unused, --compile compiles": backend.lower() != "no",
-        f"{', '.join(given)}: unused, the anchor of --class_prompt replaces class images": given,
-        "--use_8bit_adam: unused, the optimizer is Prodigy": prodigy and args.use_8bit_adam,
-        f"--learning_rate {args.learning_rate} is small for Prodigy, which expects about 1.0":
-            prodigy and args.learning_rate <= 0.1,
-        "--text_encoder_lr: unused, Prodigy has one rate for all, --learning_rate":
-            prodigy and args.train_text_encoder,
-        "--use_dora --output_kohya_format: no program reads DoRA in this form as it was trained; diffusers reads it "
-        f"in {LORA_FILE}": args.use_dora and args.output_kohya_format,
-        f'--class_prompt "{anchor}" should be --instance_prompt without the word for the subject':
-            anchor and (anchor == args.instance_prompt or identifier in anchor.split()),
-    }.items():  # fmt: skip
-        if applies:
-            logger.warning(sentence)
+    unused = [flag for flag in KNOWN_FLAGS if isinstance(flag, Unused)]
+    given = [flag.name for flag in unused if getattr(args, flag.name[2:]) not in (None, False, flag.default)]
+    if given:
+        logger.warning(f"{', '.join(given)}: unused, the anchor of --class_prompt replaces class images")
+    if args.optimizer == "prodigy":
+        logger.warning("Prodigy has one rate for all, --learning_rate, of about 1; --use_8bit_adam is unused")
+    elif 0 < args.learning_rate <= 1e-5:
+        logger.warning(f"--learning_rate {args.learning_rate} is a rate for whole models; a LoRA's is about 1e-4")
+    if args.class_prompt is not None and args.anchor_weight > 0:
+        names_subject = (args.subject_token or "sks") in args.class_prompt.split()
+        if names_subject or args.class_prompt == args.instance_prompt:
+            said = f'--class_prompt "{args.class_prompt}"'
+            logger.warning(f"{said} should be --instance_prompt without the word for the subject")
 
 
 # ---- The run ----
@@ -2537,7 +2652,8 @@ def warn_about_arguments(args: Namespace) -> None:
 def start_accelerator(args: Namespace) -> Accelerator:
     """Set up logging, precision, processes and the output folder; raises `UsageError` for what cannot work."""
     output_dir = Path(args.output_dir)
-    with explained(f"--mixed_precision {args.mixed_precision}, --report_to {args.report_to}"):
+    # What accelerate reads from its configuration file and from the environment may be anything.
+    with explained("The environment or accelerate's configuration cannot be used", ImportError, AssertionError):
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
@@ -2553,9 +2669,11 @@ def start_accelerator(args: Namespace) -> Accelerator:
             f"accelerate is configured for {kind}, by which this script cannot train: choose distributed_type "
             "MULTI_GPU; a LoRA's gradients and optimizer state are small, so DDP serves as well"
         )
+    if accelerator.mixed_precision not in ("no", "fp16", "bf16"):
+        raise UsageError(f"--mixed_precision no, fp16 or bf16, not {accelerator.mixed_precision} of accelerate's")
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    logger.filters = [lambda record: setattr(record, "msg", printable(record.msg)) or True]
+    logger.filters = [make_printable]
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     with explained(f"--output_dir {output_dir} cannot be written, take another one"):
         if accelerator.is_main_process:
@@ -2564,55 +2682,89 @@ def start_accelerator(args: Namespace) -> Accelerator:
     return accelerator
 
 
+def make_printable(record: logging.LogRecord) -> bool:
+    """A filter for logging that lets everything through, without control characters."""
+    record.msg = printable(record.msg)
+    return True
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Inside, no other run writes into the folder, if its file system has locks; raises `UsageError` if one does."""
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / ".lock", fallback_to_soft=False)  # a soft lock outlives a run that was killed
     try:
-        with contextlib.suppress(NotImplementedError):
-            lock.acquire(blocking=False)
+        lock.acquire(blocking=False)
     except Timeout as error:
         raise UsageError(f"--output_dir {folder}: another run writes into it; wait, or take another one") from error
+    except (OSError, NotImplementedError) as error:
+        logger.warning(f"{folder} cannot be locked ({error}): start no other run there")
     try:
         for path in folder.glob(".checkpoint-*.*"):  # of a run that was killed while it wrote
             tidy(path.with_name(path.stem[1:]))
         yield
     finally:
-        lock.release()
+        with contextlib.suppress(OSError):
+            lock.release()
+
+
+def start_trackers(args: Namespace, accelerator: Accelerator) -> None:
+    """Start what `--report_to` names, before models are loaded, and tell it the command line, without secrets."""
+    errors = [ImportError, AttributeError, TypeError, RuntimeError]
+    if args.report_to in ("wandb", "all") and importlib.util.find_spec("wandb"):
+        errors.append(importlib.import_module("wandb.errors").Error)
+    settings = {k: v for k, v in vars(args).items() if k != "hub_token" and isinstance(v, int | float | str)}
+    with explained(f"--report_to {args.report_to} cannot start, mend it or pass --report_to none", *errors):
+        accelerator.init_trackers(TRACKER, settings)
 
 
 def announce(run: Run) -> None:
-    """Say in plain words what the run will do, and tell the trackers its command line, without secrets."""
-    args, images = run.args, run.images
+    """Say in plain words what the run will do, and what is hardly meant."""
+    args = run.args
+    images = run.images
+    anchor = "none (w = 0)"
+    if args.anchor_weight > 0:
+        anchor = f'"{images.anchor_captions[0]}", w = {args.anchor_weight:g}'
+    if args.class_prompt_lacks is not None:
+        anchor += f' (without "{args.class_prompt_lacks}"; --class_prompt to say it better)'
     trained = sum(parameter.numel() for parameter in run.student.trained().values())
-    captions = len(set(images.captions))
-    anchor = f'"{images.anchor_captions[0]}", w = {args.anchor_weight:g}' if args.anchor_weight > 0 else "none (w = 0)"
     batch = args.train_batch_size * args.gradient_accumulation_steps * run.accelerator.num_processes
-    logger.info(f"Pictures: {images.count}, with {captions} {'captions' if captions > 1 else 'caption'}")
+    logger.info(f"Device:   {describe_device(run.device)}")
+    logger.info(f"Pictures: {images.count}, captions: {len(set(images.captions))}")
     logger.info(f'Subject:  "{images.captions[0]}"')
-    lacks = f' (--instance_prompt without "{args.class_prompt_lacks}"; --class_prompt to say it better)'
-    logger.info(f"Anchor:   {anchor}{lacks if args.class_prompt_lacks else ''}")
+    logger.info(f"Anchor:   {anchor}")
     logger.info(f"Training: {args.max_train_steps} steps of {batch} samples, {trained:,} parameters, seed {args.seed}")
     logger.info(f"Output:   {Path(args.output_dir) / LORA_FILE}")
+    usual = math.ceil(100 * images.count / batch)  # the readme's 500 steps for five pictures
+    if args.max_train_steps < usual:
+        each = args.max_train_steps * batch / images.count
+        logger.warning(f"Each picture is seen {each:.3g} times; for 100, which is usual: --max_train_steps {usual}")
+    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= args.max_train_steps:
+        logger.warning(f"--lr_warmup_steps {args.lr_warmup_steps}: the learning rate does not reach its height")
     small = sum(min(size) < args.resolution for size in images.sizes)
-    each = args.max_train_steps * batch / images.count
-    if each < 50:  # half of what 500 steps of batch 1 give each of five pictures
-        logger.warning(f"Each picture is seen {each:.3g} times, which teaches little: --max_train_steps")
     if small:
         logger.warning(f"{small} of {len(images)} pictures are smaller than --resolution {args.resolution}")
-    settings = {name: found for name, found in vars(args).items() if name != "hub_token"}
-    with giving_up(run, "a tracker"):
-        run.accelerator.init_trackers(TRACKER, {k: v for k, v in settings.items() if isinstance(v, int | float | str)})
+
+
+def describe_device(device: torch.device) -> str:
+    """What the run computes on; on a CPU, where it takes hours, also why."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GB"
+    if device.type == "cpu":
+        return f"CPU, WHICH IS SLOW: torch {torch.__version__} sees no GPU; https://pytorch.org has one with CUDA"
+    return device.type
 
 
 def finish(run: Run, images: list[Image.Image], repo_id: str | None) -> None:
     """The last pictures, the card and the upload: what can fail comes after the LoRA is written."""
-    args, folder = run.args, Path(run.args.output_dir)
-    prompts = [args.final_validation_prompt] if args.final_validation_prompt else args.validation_prompts
-    if prompts and args.num_validation_images > 0 and not args.skip_final_inference:
-        images = validate(run, prompts, "test", args.max_train_steps, **FINAL_SAMPLING)
-    else:
-        prompts = args.validation_prompts
+    args = run.args
+    folder = Path(args.output_dir)
+    prompts = args.validation_prompts
+    if not args.skip_final_inference and args.num_validation_images > 0:
+        if args.final_validation_prompt:
+            prompts = [args.final_validation_prompt]
+        if prompts:
+            images = validate(run, prompts, "test", args.max_train_steps, **FINAL_SAMPLING)
     if run.accelerator.is_main_process:
         write_model_card(args, images, (prompts or [None])[0], repo_id)
         write_state(folder / FINISHED_FILE, run, args.max_train_steps, found(folder, RESULTS))
@@ -2621,53 +2773,81 @@ def finish(run: Run, images: list[Image.Image], repo_id: str | None) -> None:
         logger.info(f"Written: {written(folder)}; use it with pipeline.load_lora_weights({args.output_dir!r})")
 
 
+def settle_run(args: Namespace, accelerator: Accelerator, images: SubjectImages) -> None:
+    """Steps and learning rate, where they follow from the number of pictures and processes."""
+    samples = accelerator.num_processes * args.gradient_accumulation_steps
+    args.steps_per_epoch = math.ceil(images.batches_per_epoch / samples)
+    if args.max_train_steps is None:
+        args.max_train_steps = args.num_train_epochs * args.steps_per_epoch
+    if args.scale_lr:
+        args.learning_rate *= samples * args.train_batch_size
+
+
+def check_resumed(args: Namespace, checkpoint: Path | None, state: dict, record: dict) -> None:
+    """Raise `UsageError` if the run that `record` describes cannot go on from the checkpoint."""
+    flag = "--resume_from_checkpoint"
+    if checkpoint is None:
+        if args.resume_from_checkpoint == "latest":
+            logger.info(f"{flag} latest: {args.output_dir} holds no checkpoint of this script: a new run")
+        return
+    if state["global_step"] > args.max_train_steps:
+        raise UsageError(f"{flag} {checkpoint} is beyond --max_train_steps {args.max_train_steps}")
+    changed = differences(state["run"], record)
+    if changed:
+        advice = "go on with what was, or start a new run in another --output_dir"
+        raise UsageError(f"{flag} {checkpoint} is of another run: {changed}; {advice}")
+
+
 def run_stages(args: Namespace, accelerator: Accelerator, signals: StopRequests) -> None:
     """What `main` does, in the folder that it has locked."""
-    output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
+    output_dir = Path(args.output_dir)
     warn_about_arguments(args)
     check_base(args)
     scheduler = training_scheduler(args)
     checkpoint, state = find_checkpoint(args)
-    finished = read_state(output_dir / FINISHED_FILE) if args.resume_from_checkpoint == "latest" else {}
+    finished = {}
+    if args.resume_from_checkpoint == "latest":
+        finished = read_state(output_dir / FINISHED_FILE)
     if args.seed is None:
         args.seed = (state or finished).get("seed", secrets.randbelow(2**32))
     args.seed = broadcast_object_list([args.seed])[0]
     images = SubjectImages(args)
-    samples = accelerator.num_processes * args.gradient_accumulation_steps
-    args.steps_per_epoch = math.ceil(images.batches_per_epoch / samples)
-    args.max_train_steps = args.max_train_steps or args.num_train_epochs * args.steps_per_epoch
-    args.learning_rate *= samples * args.train_batch_size if args.scale_lr else 1
+    settle_run(args, accelerator, images)
     record = describe_run(args, accelerator, images)
-    done = finished and finished["global_step"] >= args.max_train_steps and not differences(finished["run"], record)
-    if done and "README.md" in finished["files"]:
-        if args.push_to_hub and is_main:
-            upload(args, make_repository(args))
-        logger.info(f"{output_dir} holds the finished run of {finished['global_step']} steps: nothing is left")
-        return
-    if state.get("global_step", 0) > args.max_train_steps:
-        raise UsageError(f"--resume_from_checkpoint {checkpoint} is beyond --max_train_steps {args.max_train_steps}")
-    if checkpoint is not None and differences(state["run"], record):
+    seen = gather_object([json.dumps([state, finished, record])])
+    if len(set(seen)) > 1:
         raise UsageError(
-            f"--resume_from_checkpoint {checkpoint} is of another run: {differences(state['run'], record)}; go on "
-            "with what was, or start a new run in another --output_dir"
+            f"--output_dir {output_dir}: not all nodes find the same checkpoints there; they must share it"
         )
-    if args.resume_from_checkpoint == "latest" and checkpoint is None:
-        logger.info(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint of this script: a new run")
     repo_id = None
-    if args.push_to_hub and is_main:
+    if args.push_to_hub and accelerator.is_main_process:
         repo_id = make_repository(args)
-    if is_main:
-        set_aside(output_dir, checkpoint, state.get("global_step", 0))
-        cut_metrics(output_dir, state.get("global_step", 0))
+    done = finished and finished["global_step"] >= args.max_train_steps and "README.md" in finished["files"]
+    if done and not differences(finished["run"], record):
+        logger.info(f"{output_dir} holds the finished run of {finished['global_step']} steps: nothing is left")
+        if repo_id is not None:
+            upload(args, repo_id)
+        return
+    check_resumed(args, checkpoint, state, record)
+    start = state.get("global_step", 0)
+    if accelerator.is_main_process:
+        set_aside(output_dir, checkpoint, start)
+        cut_metrics(output_dir, start)
+    start_trackers(args, accelerator)
 
     run = prepare(args, accelerator, images, scheduler=scheduler, record=record, signals=signals)
     announce(run)
-    training = start_training(run, checkpoint, state.get("global_step", 0))
+    training = start_training(run, checkpoint, start)
     if training.step >= args.max_train_steps:
-        steps = f"{training.step} of {args.max_train_steps} steps"
-        logger.info(f"{checkpoint} already has {steps}: nothing is left to train")
+        logger.info(f"{checkpoint} already has {start} of {args.max_train_steps} steps: nothing is left to train")
+    begun = time.monotonic()
     train_and_keep(run, training)
+    seconds = (time.monotonic() - begun) / max(1, training.step - start)
+    took = f"Took:     {seconds:.3g} s a step"
+    if run.device.type == "cuda":
+        took += f", at most {torch.cuda.max_memory_allocated() / 2**30:.3g} GB of the GPU's memory"
     finish(run, training.images, repo_id)
+    logger.info(took)
     accelerator.end_training()
 
 
@@ -2676,33 +2856,17 @@ def main(args: Namespace) -> None:
     args = Namespace(**vars(args))  # settled on the way
     with StopRequests() as signals:
         accelerator = start_accelerator(args)
-        with locked(Path(args.output_dir)) if accelerator.is_main_process else contextlib.nullcontext():
+        lock = contextlib.nullcontext()
+        if accelerator.is_main_process:
+            lock = locked(Path(args.output_dir))
+        with lock:
             accelerator.wait_for_everyone()
             run_stages(args, accelerator, signals)
 
 
-class Steady:
-    """A stream whose reader may go (`2>&1 | head`) or whose disk may be full: the run goes on without it."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
-
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = Steady(sys.stdout), Steady(sys.stderr)
     try:
         main(parse_args())
     except (UsageError, RunError) as error:
         print(f"{Path(__file__).name}: error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        sys.exit(error.status)

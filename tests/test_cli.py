@@ -21,7 +21,9 @@ COMMON = """anchor_weight anchor_source anchor_batch_size subject_token class_to
     image_column caption_column cache_dir repeats random_flip optimizer prodigy_beta3 prodigy_decouple snr_gamma
     prodigy_use_bias_correction prodigy_safeguard_warmup use_dora text_encoder_lr output_kohya_format lora_alpha
     lora_layers cache_latents aspect_ratio_buckets caption_dropout skip_final_inference final_validation_prompt
-    validation_steps allow_tf32 compile bnb_quantization_config_path logging_steps offload""".split()
+    validation_steps allow_tf32 compile bnb_quantization_config_path logging_steps offload no_kohya_file""".split()
+# Where it is not given, a checkpoint comes every 100 steps, and the last five stay.
+OTHER_DEFAULTS = {"checkpointing_steps": None}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -30,7 +32,7 @@ def test_every_upstream_flag_is_there_with_its_type_default_and_choices(script):
     for flag in UPSTREAM[OF_SCRIPT[script]]:
         action = actions[flag["dest"]]
         assert set(flag["option_strings"]) <= set(action.option_strings)
-        assert action.default == flag["default"], flag
+        assert action.default == OTHER_DEFAULTS.get(flag["dest"], flag["default"]), flag
         assert (list(action.choices) if action.choices else None) == flag["choices"], flag
         assert action.nargs == flag["nargs"], flag
         assert action.const == flag["const"], flag
@@ -68,35 +70,141 @@ def test_without_anchor_no_class_prompt_is_needed(photos):
     [
         ("a photo of sks dog", ["--subject_token=sks", "--class_token=brown"], "a photo of brown dog"),
         ("a photo of sks dog", ["--subject_token=sks"], "a photo of dog"),
-        ("a photo of sks dog", [], "a photo of a dog"),
+        ("a photo of sks dog", [], "a photo of dog"),
         ("a photo of a sks dog", [], "a photo of a dog"),
         ("an ohwx elephant in the snow", [], "an elephant in the snow"),
-        ("a photo of <new1> apple", [], "a photo of an apple"),
+        ("a photo of <new1> apple", [], "a photo of apple"),
         ("a photo of my TOK cat", [], "a photo of my cat"),
         ("photos of sks dogs", [], "photos of dogs"),
-        ("a photo of sks dog between desks", [], "a photo of a dog between desks"),
+        ("a photo of sks dog between desks", [], "a photo of dog between desks"),
+        ("sks dog and sks cat", [], "dog and cat"),
+        ("sks, brown dog, sitting", [], ", brown dog, sitting"),
+        ("a photo of sks", ["--subject_token=sks", "--class_token=a dog"], "a photo of a dog"),
     ],
 )
 def test_the_class_prompt_is_derived(prompt, more, derived, photos):
     assert without_class_prompt(photos, f"--instance_prompt={prompt}", *more).class_prompt == derived
 
 
-@pytest.mark.parametrize("prompt", ["a photo of a dog", "a photo of sks zwx dog", "sks dog and sks cat", "two desks"])
+@pytest.mark.parametrize("prompt", ["a photo of a dog", "a photo of sks zwx dog", "SKS dog", "two desks"])
 def test_a_class_prompt_that_cannot_be_derived_is_asked_for(prompt, photos, capsys):
     with pytest.raises(SystemExit):
         without_class_prompt(photos, f"--instance_prompt={prompt}")
     assert "the anchor needs a prompt for the class: --class_prompt" in capsys.readouterr().err
 
 
-def test_abbreviations_are_told(photos, capsys):
+@pytest.mark.parametrize(
+    ("prompt", "more"),
+    [
+        ("photo of TOK", []),
+        ("ohwx", []),
+        ("3d icon in the style of TOK", []),
+        ("a photo of sks in the snow", []),
+        ("sks on a beach.", []),
+        ("A photo of the <new1>.", []),
+        ("a photo of zwq", ["--subject_token=zwq"]),
+    ],
+)
+def test_a_class_prompt_that_names_nothing_is_refused(prompt, more, photos, capsys):
+    with pytest.raises(SystemExit):
+        without_class_prompt(photos, f"--instance_prompt={prompt}", *more)
+    said = capsys.readouterr().err
+    assert "names nothing that the anchor could hold" in said
+    assert '--class_prompt "a photo of a dog"' in said
+
+
+def test_abbreviations_are_taken(photos):
     assert sap.parse_args(flags("base", photos, "out", "--learning=3e-4")).learning_rate == 3e-4
-    assert "--learning is read as --learning_rate" in capsys.readouterr().err
 
 
-def test_flags_from_a_file(photos, tmp_path):
-    (tmp_path / "flags.txt").write_text("--rank=7\n--seed=5\n")
-    args = sap.parse_args(flags("base", photos, "out", f"@{tmp_path}/flags.txt"))
-    assert (args.rank, args.seed) == (7, 5)
+FLAG_FILE = """# the flags of an evening
+--rank 7 --seed=5  # two on a line
+
+--instance_prompt "a photo of sks # dog"
+"""
+
+
+def test_flags_from_a_file_are_read_as_a_shell_reads_them(photos, tmp_path):
+    (tmp_path / "flags.txt").write_text(FLAG_FILE, encoding="utf-8-sig")
+    for before in ([], ["--center_crop"], ["--rank", "3"]):
+        args = sap.parse_args(flags("base", photos, "out", *before, f"@{tmp_path}/flags.txt"))
+        assert (args.rank, args.seed, args.instance_prompt) == (7, 5, "a photo of sks # dog")
+
+
+@pytest.mark.parametrize("words", [["--instance_prompt", "@home sks"], ["--instance_prompt=@home sks"]])
+def test_a_prompt_may_begin_with_an_at_sign(words, photos):
+    assert sap.parse_args(flags("base", photos, "out", *words)).instance_prompt == "@home sks"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("--rank=7".encode("utf-16"), "in UTF-8, was expected"),
+        ("--instance_prompt=Bär".encode("latin-1"), "in UTF-8, was expected"),
+        (b"--instance_prompt 'sks dog", "No closing quotation"),
+        (b"@flags.txt", "unrecognized arguments: @flags.txt"),
+        (None, "No such file"),
+    ],
+)
+def test_a_file_of_flags_that_cannot_be_read_ends_in_a_sentence(content, says, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("flags.txt").write_bytes(content)
+    with pytest.raises(SystemExit, match="2"):
+        sap.parse_args(flags("base", photos, "out", "@flags.txt"))
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "@flags.txt" in last
+    assert says in last
+
+
+def test_a_prompt_that_is_not_utf_8_ends_in_a_sentence(photos, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        sap.parse_args(flags("base", photos, "out", "--instance_prompt=a \udcff sks dog"))
+    assert "The command line is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(sd15, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "photos").symlink_to(photos)
+    (tmp_path / "lines.txt").write_text("a dog\n")
+    (tmp_path / "four.json").write_text("{}")
+    monkeypatch.setattr(sap, "quantization_config", lambda args: None)
+    places = {
+        "instance_data_dir": "photos", "mask_dir": "photos", "validation_data_dir": "photos", "output_dir": "sap",
+        "pretrained_model_name_or_path": "base", "tokenizer_name": "base", "init_lora": "lora", "logging_dir": "logs",
+        "resume_from_checkpoint": "sap/checkpoint-1", "validation_prompts_file": "lines.txt", "cache_dir": "cache",
+        "bnb_quantization_config_path": "four.json",
+    }  # fmt: skip
+    (tmp_path / "base").symlink_to(sd15)
+    given = [f"--{name}=~/{place}" for name, place in places.items()]
+    args = sap.parse_args(flags("base", photos, "out", *given))
+    assert {name: getattr(args, name) for name in places} == {name: f"{tmp_path}/{at}" for name, at in places.items()}
+    args = sap.parse_args(without(flags("base", photos, "out", "--dataset_name=~/photos"), "--instance_data_dir"))
+    assert args.dataset_name == f"{tmp_path}/photos"
+
+
+def test_checkpoints_come_every_100_steps_and_five_stay_unless_said_otherwise(photos):
+    for more, expected in {
+        "": (100, 5),
+        "--checkpoints_total_limit=2": (100, 2),
+        "--checkpointing_steps=500": (500, None),
+    }.items():
+        args = sap.parse_args(flags("base", photos, "out", *more.split()))
+        assert (args.checkpointing_steps, args.checkpoints_total_limit) == expected
+
+
+def test_the_case_of_an_optimizers_name_makes_no_other_run(photos):
+    names = {
+        sap.parse_args(flags("base", photos, "out", f"--optimizer={name}")).optimizer for name in ("AdamW", "adamw")
+    }
+    assert names == {"adamw"}
+
+
+def test_every_flag_says_whether_a_resumed_run_may_change_it():
+    free = {flag.name[2:] for flag in sap.KNOWN_FLAGS if isinstance(flag, sap.Free)}
+    fixed = {flag.name[2:] for flag in sap.KNOWN_FLAGS} - free
+    assert {"output_dir", "report_to", "compile", "validation_prompt", "num_class_images", "anchor_batch_size"} <= free
+    assert {"learning_rate", "seed", "anchor_weight", "rank", "resolution", "optimizer", "class_prompt"} <= fixed
 
 
 def test_prior_preservation_is_explained_once_and_unused(sd15, photos, tmp_path, caplog):

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run starts: environment, precision, locks, trackers, several nodes. What cannot work ends in a sentence."""
+
+import errno
+import os
+import tomllib
+import types
+
+import pytest
+import torch
+from copies import ROOT, SCRIPTS
+from filelock import FileLock, UnixFileLock
+from runner import flags, lora, reset, train
+
+import train_sap_lora_sd15 as sap
+
+SCRIPT = "train_sap_lora_sd15"
+posix = pytest.mark.skipif(os.name != "posix", reason="locks and streams of POSIX")
+
+
+def never_loaded(*_, **__):
+    pytest.fail("a model was loaded")
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    """A run that comes to its first stage fails the test."""
+    monkeypatch.setattr(sap, "prepare", never_loaded)
+
+
+# ---- The environment ----
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("LOCAL_RANK", "abc", "abc"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "deepspeed|DeepSpeed|DEEPSPEED"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron|MEGATRON|megatron"),
+        ("ACCELERATE_MIXED_PRECISION", "rubbish", "rubbish"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "fp8"),
+    ],
+)
+def test_an_environment_that_cannot_work_ends_in_a_sentence(
+    name, value, says, sd15, photos, tmp_path, monkeypatch, nothing_loads
+):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(sap.UsageError, match=says):
+        train(SCRIPT, flags(sd15, photos, tmp_path))
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp32"])
+def test_only_three_precisions_are_taken_wherever_they_come_from(precision, photos, tmp_path, monkeypatch):
+    found = types.SimpleNamespace(
+        distributed_type=types.SimpleNamespace(value="NO"), mixed_precision=precision, is_main_process=True
+    )
+    monkeypatch.setattr(sap, "Accelerator", lambda **_: found)
+    with pytest.raises(sap.UsageError, match=f"--mixed_precision no, fp16 or bf16, not {precision}"):
+        sap.start_accelerator(sap.parse_args(flags("base", photos, tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_launchers_dynamo_backend_is_not_read(sd15, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "rubbish")
+    train(SCRIPT, flags(sd15, photos, tmp_path, steps=1))
+    assert lora(tmp_path)
+
+
+def test_compiling_without_a_compiler_is_refused(photos, tmp_path, monkeypatch, capsys):
+    arguments = flags("base", photos, tmp_path, "--compile")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "g++")
+    with pytest.raises(SystemExit, match="2"):
+        sap.parse_args(arguments)
+    assert "--compile needs a C++ compiler, and there is none" in capsys.readouterr().err
+    compiler = tmp_path / "my-compiler"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", "my-compiler")
+    assert sap.parse_args(arguments).compile
+
+
+@posix
+@pytest.mark.parametrize("below", ["", "out"])
+def test_an_output_folder_that_is_a_loop_of_links_ends_in_a_sentence(
+    below, sd15, photos, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises((SystemExit, sap.UsageError)) as stopped:
+        train(SCRIPT, flags(sd15, photos, tmp_path / "loop" / below))
+    assert "--output_dir" in str(stopped.value) + capsys.readouterr().err
+
+
+@posix
+def test_a_working_directory_that_is_gone_ends_in_a_sentence(photos, tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit, match="2"):
+        sap.parse_args(flags("base", photos, "out"))
+    assert "--output_dir out: " in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+
+
+# ---- Locks ----
+
+
+@posix
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("when", ["locking", "unlocking"])
+def test_a_file_system_without_locks_is_told_and_the_run_goes_on(number, when, tmp_path, monkeypatch, caplog):
+    import fcntl
+
+    flock = fcntl.flock
+
+    def refuse(descriptor, operation):
+        if (operation == fcntl.LOCK_UN) == (when == "unlocking"):
+            raise OSError(number, os.strerror(number))
+        return flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / ".lock").touch()
+    for _ in range(2):  # a run before, and one that was killed, leave nothing that is in the way
+        with sap.locked(tmp_path):
+            pass
+    assert (f"{tmp_path} cannot be locked" in caplog.text) == (when == "locking")
+    assert issubclass(FileLock, UnixFileLock)
+
+
+# ---- Trackers ----
+
+
+def tracker_that_raises(error: Exception):
+    def start(self, project, config=None, **_):
+        raise error
+
+    return start
+
+
+def errors_of_trackers() -> list[Exception]:
+    """What TensorBoard raises beside another protobuf, and wandb without a login."""
+    wandb_errors = pytest.importorskip("wandb.errors")
+    return [
+        ImportError("cannot import name 'x' from 'google.protobuf'"),
+        TypeError("Descriptors cannot be created directly."),
+        AttributeError("'MessageFactory' object has no attribute 'GetPrototype'"),
+        wandb_errors.UsageError("api_key not configured (no-tty). call wandb.login(key=[your_api_key])"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("report_to", ["wandb", "all"])
+def test_a_tracker_that_cannot_start_ends_in_a_sentence_before_models_are_loaded(
+    number, report_to, sd15, photos, tmp_path, monkeypatch, nothing_loads
+):
+    error = errors_of_trackers()[number]
+    monkeypatch.setattr(sap.Accelerator, "init_trackers", tracker_that_raises(error))
+    with pytest.raises(
+        sap.UsageError, match=f"--report_to {report_to} cannot start, mend it or pass --report_to none"
+    ):
+        train(SCRIPT, flags(sd15, photos, tmp_path, f"--report_to={report_to}"))
+
+
+def test_trackers_are_told_the_command_line_without_the_token(sd15, photos, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(sap.Accelerator, "init_trackers", lambda self, name, config: told.append((name, config)))
+    args = sap.parse_args(flags(sd15, photos, tmp_path, "--hub_token=secret", "--report_to=tensorboard"))
+    reset()
+    sap.start_trackers(args, sap.start_accelerator(args))
+    ((name, config),) = told
+    assert name == sap.TRACKER
+    assert config["learning_rate"] == 1e-2
+    assert "secret" not in str(config)
+
+
+# ---- Several nodes ----
+
+
+@pytest.mark.parametrize("kind", ["another step", "a finished run", "other photos"])
+def test_nodes_that_do_not_see_the_same_folder_end_in_one_sentence(
+    kind, sd15, photos, tmp_path, monkeypatch, nothing_loads
+):
+    """The other node's part is played by what it would send."""
+
+    def gathered(mine: list[str]) -> list[str]:
+        state, finished, record = sap.json.loads(mine[0])
+        if kind == "another step":
+            state = {"global_step": 7}
+        elif kind == "a finished run":
+            finished = {"global_step": 2}
+        else:
+            record = record | {"the content of 00.jpg": "another"}
+        return [*mine, sap.json.dumps([state, finished, record])]
+
+    monkeypatch.setattr(sap, "gather_object", gathered)
+    with pytest.raises(sap.UsageError, match="--output_dir .*not all nodes"):
+        train(SCRIPT, flags(sd15, photos, tmp_path))
+    monkeypatch.setattr(sap, "gather_object", lambda mine: mine * 2)
+    monkeypatch.setattr(sap, "prepare", lambda *_, **__: sys_exit())
+    with pytest.raises(SystemExit, match="came through"):
+        train(SCRIPT, flags(sd15, photos, tmp_path))
+
+
+def sys_exit():
+    raise SystemExit("came through")
+
+
+# ---- What is needed ----
+
+
+def test_requirements_scripts_and_style_agree_on_python_and_floors():
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "Python 3.11 to 3.13" in requirements
+    assert settings["tool"]["ruff"]["target-version"] == "py311"
+    for script in SCRIPTS:
+        assert '# requires-python = ">=3.11,<3.14"' in script.read_text(encoding="utf-8")
+    floors = dict(line.split(">=") for line in requirements.splitlines() if line.count(">=") == 1 and ";" not in line)
+    assert tuple(map(int, floors["torch"].split("."))) >= (2, 7)  # torch._dynamo.config.recompile_limit
+    assert tuple(map(int, floors["peft"].split("."))) >= (0, 20)  # adapters of text encoders in transformers 5.23
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    for name, floor in floors.items():
+        assert tuple(map(int, floor.split("."))) <= tuple(map(int, pinned[name].split(".")[: floor.count(".") + 1]))
+
+
+def test_what_torch_needs_for_compiling_is_there():
+    assert hasattr(torch._dynamo.config, "recompile_limit")
+
+
+# ---- Captions ----
+
+
+@pytest.mark.parametrize(
+    ("texts", "word"),
+    [
+        (["a sks dog", "sks in the snow"], "sks"),
+        (["a TOK dog"], "TOK"),
+        (["a sks dog", "an ohwx dog"], None),
+        (["a dog", "desks"], None),
+    ],
+)
+def test_the_customary_word_of_captions(texts, word):
+    assert sap.customary_identifier(texts) == word
