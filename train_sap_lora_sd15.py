@@ -1071,19 +1071,23 @@ class SubjectImages:
         if missing < len(captions):
             stands_in = ", --instance_prompt stands in for the others" if missing else ""
             logger.info(f"Captions: found for {len(captions) - missing} of {len(captions)} pictures{stands_in}")
-        if anchored and args.subject_token is None and len(set(captions) - {None}) > 1:
+        token = args.subject_token
+        if token is None and args.class_prompt_lacks is not None:
+            token = customary_identifier([caption or "" for caption in captions])
+        if token is not None and args.subject_token is None:
+            logger.info(f'Anchors:  the captions without "{token}"; --subject_token to say it better')
+        if anchored and token is None and len(set(captions) - {None}) > 1:
             advice = "which draws out what they add: with --subject_token each has an anchor of its own"
             logger.warning(f'The captions differ and all are anchored to "{args.class_prompt}", {advice}')
         if anchored and args.class_prompt is None and missing:
             raise UsageError(f"--class_prompt is needed for the {missing} pictures without a caption")
         self.captions = [caption or args.instance_prompt for caption in captions]
         self.anchor_captions = [args.class_prompt or ""] * len(captions)
-        if anchored and args.subject_token is not None:
+        if anchored and token is not None:
             for index, caption in enumerate(captions):
-                if caption is not None:
+                if caption is not None and (args.subject_token or token in IDENTIFIER.findall(caption)):
                     with explained("--subject_token"):
-                        anchor = anchor_caption(caption, args.subject_token, args.class_token or "")
-                    self.anchor_captions[index] = anchor
+                        self.anchor_captions[index] = class_caption(caption, token, args.class_token or "")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -1586,6 +1590,10 @@ def prepare(args: Namespace, accelerator: Accelerator, images: SubjectImages, **
     denoiser = load_denoiser(args, accelerator, images)
     modules = {DENOISER: denoiser, **encoders}
     add_adapters(args, modules)
+    if args.gradient_checkpointing:
+        for encoder in encoders.values():  # by its new name, or that of older transformers
+            enable = getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
     if args.init_lora is not None:
         load_init_lora(args, modules)
     student = Student(denoiser, pipeline)
@@ -1964,13 +1972,10 @@ def fingerprint(source: Path | Image.Image) -> str:
     return digest.hexdigest()
 
 
-# What may change when a run is resumed, beside the flags that are `Free`: what follows from those.
-FREE_ON_RESUME = ("steps_per_epoch", "validation_prompts", "class_prompt_lacks")
-
-
 def describe_run(args: Namespace, accelerator: Accelerator, images: SubjectImages) -> dict:
     """What the result of a run depends on, as JSON has it: flags, models (local ones by their files), pictures."""
-    free = {*FREE_ON_RESUME, *(flag.name[2:] for flag in KNOWN_FLAGS if isinstance(flag, Free))}
+    free = {"steps_per_epoch", "validation_prompts", "class_prompt_lacks"}
+    free |= {flag.name[2:] for flag in KNOWN_FLAGS if isinstance(flag, Free)}
     record = {f"--{name}": found for name, found in vars(args).items() if name not in free}
     record["--mixed_precision"] = accelerator.mixed_precision
     record["--num_processes"] = accelerator.num_processes
@@ -2785,17 +2790,17 @@ def settle_run(args: Namespace, accelerator: Accelerator, images: SubjectImages)
 
 def check_resumed(args: Namespace, checkpoint: Path | None, state: dict, record: dict) -> None:
     """Raise `UsageError` if the run that `record` describes cannot go on from the checkpoint."""
-    flag = f"--resume_from_checkpoint {checkpoint}"
+    flag = "--resume_from_checkpoint"
     if checkpoint is None:
         if args.resume_from_checkpoint == "latest":
-            logger.info(f"--resume_from_checkpoint latest: {args.output_dir} holds no checkpoint, the run starts at 0")
+            logger.info(f"{flag} latest: {args.output_dir} holds no checkpoint of this script: a new run")
         return
     if state["global_step"] > args.max_train_steps:
-        raise UsageError(f"{flag} is beyond --max_train_steps {args.max_train_steps}")
+        raise UsageError(f"{flag} {checkpoint} is beyond --max_train_steps {args.max_train_steps}")
     changed = differences(state["run"], record)
     if changed:
         advice = "go on with what was, or start a new run in another --output_dir"
-        raise UsageError(f"{flag} is of another run: {changed}; {advice}")
+        raise UsageError(f"{flag} {checkpoint} is of another run: {changed}; {advice}")
 
 
 def run_stages(args: Namespace, accelerator: Accelerator, signals: StopRequests) -> None:
@@ -2819,24 +2824,24 @@ def run_stages(args: Namespace, accelerator: Accelerator, signals: StopRequests)
         raise UsageError(
             f"--output_dir {output_dir}: not all nodes find the same checkpoints there; they must share it"
         )
-    done = finished and finished["global_step"] >= args.max_train_steps and not differences(finished["run"], record)
-    if done and "README.md" in finished["files"]:
-        if args.push_to_hub and accelerator.is_main_process:
-            upload(args, make_repository(args))
+    repo_id = None
+    if args.push_to_hub and accelerator.is_main_process:
+        repo_id = make_repository(args)
+    done = finished and finished["global_step"] >= args.max_train_steps and "README.md" in finished["files"]
+    if done and not differences(finished["run"], record):
         logger.info(f"{output_dir} holds the finished run of {finished['global_step']} steps: nothing is left")
+        if repo_id is not None:
+            upload(args, repo_id)
         return
     check_resumed(args, checkpoint, state, record)
-    repo_id = None
+    start = state.get("global_step", 0)
     if accelerator.is_main_process:
-        if args.push_to_hub:
-            repo_id = make_repository(args)
-        set_aside(output_dir, checkpoint, state.get("global_step", 0))
-        cut_metrics(output_dir, state.get("global_step", 0))
+        set_aside(output_dir, checkpoint, start)
+        cut_metrics(output_dir, start)
     start_trackers(args, accelerator)
 
     run = prepare(args, accelerator, images, scheduler=scheduler, record=record, signals=signals)
     announce(run)
-    start = state.get("global_step", 0)
     training = start_training(run, checkpoint, start)
     if training.step >= args.max_train_steps:
         logger.info(f"{checkpoint} already has {start} of {args.max_train_steps} steps: nothing is left to train")

@@ -27,7 +27,7 @@ OWN = {
     ],
     "train_sap_lora_sd3.py": [
         *OF_EVERY_BASE, "DENOISER_CLASS", "DENOISER", "DENOISER_TARGETS", "LATENT_STRIDE", "FINAL_SAMPLING",
-        "REPEATED_BLOCK", "OUTPUT_DIR", "LATENT_SCALE", "lora_targets", "write_loras",
+        "REPEATED_BLOCK", "LATENT_SCALE", "OUTPUT_DIR", "lora_targets", "write_loras",
         "TextPipeline", "transformer_config", "absent_parts", "BLOCKS",
     ],
 }  # fmt: skip
@@ -37,7 +37,7 @@ LACKS = {
     "train_sap_lora_sdxl.py": [],
     "train_sap_lora_sd3.py": [
         "KOHYA_PREFIXES", "KOHYA_PARTS", "min_snr_weights", "kohya_state", "kohya_name", "write_kohya_lora",
-        "lora_metadata", "base_version",
+        "lora_metadata", "base_version", "fitting_sampler",
     ],
 }  # fmt: skip
 
@@ -90,8 +90,9 @@ def rewrite(text: str, original: str, own: list[str], lacks: list[str]) -> str:
         if name in wanted:
             lines[first:last] = wanted[name].splitlines()
     text = "\n".join(lines) + "\n"
+    known = definitions(text)
     for name in wanted:
-        if name not in definitions(text):
+        if name not in known:
             text = inserted(text, original, name)
     return text
 
@@ -146,7 +147,8 @@ def used_names(source: str) -> set[str]:
 
 def check(name: str, text: str, original: str, own: list[str], lacks: list[str]) -> None:
     """Raise `NotCopied` for a definition that only `text` has, unnamed, or whose copy uses a name that it has not."""
-    alone = [one for one in definitions(text) if one not in definitions(original) and one not in own]
+    theirs = definitions(original)
+    alone = [one for one in definitions(text) if one not in theirs and one not in own]
     if alone:
         raise NotCopied(f"only {name} has {', '.join(alone)}: remove it, or name it in OWN")
     unknown = known_names(original) - known_names(text)
