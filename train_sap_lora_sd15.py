@@ -267,10 +267,6 @@ PAPER = "https://arxiv.org/abs/2511.22245"
 LR_SCHEDULERS = [name.value for name in SchedulerType if name != SchedulerType.PIECEWISE_CONSTANT]
 
 
-# What huggingface_hub's HTTP client raises where there is no answer: httpx's or httpx2's, by its version.
-NetworkError = HfHubHTTPError.__bases__[0]
-
-
 class UsageError(ValueError):
     """What the user can mend: the message names the flag or the file, what is wrong and what to do."""
 

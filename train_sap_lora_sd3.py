@@ -270,10 +270,6 @@ PAPER = "https://arxiv.org/abs/2511.22245"
 LR_SCHEDULERS = [name.value for name in SchedulerType if name != SchedulerType.PIECEWISE_CONSTANT]
 
 
-# What huggingface_hub's HTTP client raises where there is no answer: httpx's or httpx2's, by its version.
-NetworkError = HfHubHTTPError.__bases__[0]
-
-
 class UsageError(ValueError):
     """What the user can mend: the message names the flag or the file, what is wrong and what to do."""
 
@@ -2042,18 +2038,6 @@ def sample_images(run: Run, prompt: str, **sampling: float) -> list[Image.Image]
 def sampling_scheduler(run: Run) -> diffusers.SchedulerMixin:
     """The base's own sampler; another one than the run's scheduler, since sampling rewrites its table."""
     return diffusers.FlowMatchEulerDiscreteScheduler.from_config(run.scheduler.config)
-
-
-def fitting_sampler(kind: type[diffusers.SchedulerMixin], config: dict) -> diffusers.SchedulerMixin:
-    """A sampler with the base's configuration, which may be of another one: what it cannot take is left out, and the
-    noise and what is predicted stay."""
-    try:
-        sampler = kind.from_config(config)
-        sampler.set_timesteps(10)
-    except (ValueError, TypeError, LookupError, RuntimeError, ImportError):
-        names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-        sampler = kind(**{name: config[name] for name in names})
-    return sampler
 
 
 def validate(run: Run, prompts: list[str], tag: str, step: int, **sampling: float) -> list[Image.Image]:
