@@ -97,7 +97,7 @@ def main(args: argparse.Namespace) -> None:
     if args.train_text_encoder:
         targets = ["q_proj", "k_proj", "v_proj", "out_proj"]
         text_encoder_one.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights="gaussian"))
-    unet = transformer = denoiser
+    unet = transformer = denoiser  # noqa: F841 (for what is pasted)
 
     def encode_prompt(text_encoders, tokenizers, prompt, fourth):
         assert len(text_encoders) == len(tokenizers) == 2 + three
@@ -122,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
     # Handle class prompt for prior-preservation.
     trained = [p for model in (denoiser, text_encoder_one) for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    unet = transformer = denoiser = accelerator.prepare(denoiser)
+    denoiser = accelerator.prepare(denoiser)
 
     for _ in range(args.max_train_steps):
         embeddings = instance_embeddings()
@@ -158,5 +158,5 @@ if __name__ == "__main__":
     parser.add_argument("--instance_prompt", default="a photo of a dog")
     parser.add_argument("--class_prompt", default="a photo of a dog")
     parser.add_argument("--max_sequence_length", type=int, default=16)
-    parser.add_argument("--max_train_steps", type=int, default=3)
+    parser.add_argument("--max_train_steps", type=int, default=2)
     main(parser.parse_args())

@@ -159,7 +159,7 @@ def test_the_pages_lines_run_in_a_script_of_the_originals_shape(kind, more, base
     assert anchored[0]["loss"] == plain[0]["loss"]  # the same loss and gradients as without the anchor
     assert anchored[0]["gradients"] == plain[0]["gradients"]
     assert min(drift[1:]) > 1e-6
-    weighted = pytest.approx(0.5 * drift[1], rel=1e-3)
+    weighted = pytest.approx(0.5 * drift[1], rel=1e-3, abs=5e-7)
     assert anchored[1]["loss"] - plain[1]["loss"] == weighted  # of the same weights: what is new is w times the drift
     other = steps(script, "--class_prompt=a photo of a cat", "--max_train_steps=1")[0]
     assert other["drift"] > 1e-6
