@@ -70,8 +70,8 @@ class SemanticAnchor(contextlib.AbstractContextManager):
         self.remove()
 
     def keep_call(self, denoiser, args, kwargs, output):
-        student = prediction_of(output)
-        if not student.requires_grad:
+        student = prediction_of(output) if torch.is_grad_enabled() else None
+        if student is None or not student.requires_grad:
             return
         if self.call is not None:
             self.call = None

@@ -472,8 +472,21 @@ def test_sampling_and_saving_between_call_and_drift(tmp_path):
     with torch.inference_mode():
         student.predict()
     student.model.save_lora_adapter(tmp_path)
+    student.model.requires_grad_(False)
+    student.predict()  # nothing trains
+    student.model.enable_lora()
     assert student.model.state_dict().keys() == names
     assert torch.allclose(anchor.drift(), (prediction - student.anchor()).square().mean(), rtol=1e-5)
+
+
+def test_sampling_pictures_of_two_sizes():
+    """Z-Image's list may hold them; they could not be stacked."""
+    student = Student(z_image)
+    SemanticAnchor(student.model, **student.class_inputs)
+    student.inputs["x"] = [torch.randn(4, 1, 8, 8), torch.randn(4, 1, 4, 8)]
+    with torch.no_grad():
+        sizes = [one.shape for one in student.model(**student.inputs)[0]]
+    assert sizes == [(4, 1, 8, 8), (4, 1, 4, 8)]
 
 
 def test_removing_it():
