@@ -198,6 +198,17 @@ def test_drift_and_gradient_are_those_of_an_anchor_by_hand(denoiser, how):
     assert student.model.active_adapters() == ["default"]
 
 
+def test_inputs_that_learn_get_the_students_gradient_alone():
+    student = Student(sana)
+    by_hand = student.anchor()
+    latents = student.inputs["hidden_states"].requires_grad_(True)
+    anchor = SemanticAnchor(student.model, **student.class_inputs)
+    expected = (student.predict() - by_hand).square().mean()
+    (found,) = torch.autograd.grad(anchor.drift(), latents, retain_graph=True)
+    (wanted,) = torch.autograd.grad(expected, latents)
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-5 * wanted.abs().max())
+
+
 @pytest.mark.parametrize("made", ["before prepare", "after prepare"])
 def test_a_prepared_model_predicts_the_anchor_in_its_own_mixed_precision(made):
     """accelerate puts autocast around `forward`, where no autocast is to be seen from outside."""
