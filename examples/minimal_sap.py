@@ -5,7 +5,7 @@
     python examples/minimal_sap.py --anchor_weight 0    # plain DreamBooth-LoRA
 
 Made to be read: one process, float32, no checkpoints. The real trainer is train_sap_lora_sd3.py;
-paste_into_your_script.md beside this file explains the marked lines.
+sap_anchor.py beside this file is the same term for any other script.
 """
 
 import argparse

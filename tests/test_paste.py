@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The method in a small script of its own, and the page that explains it."""
 
+import ast
 import contextlib
 import io
 import json
@@ -13,7 +14,6 @@ from runner import LORA_FILE, ROOT, reset
 
 SCRIPT = ROOT / "examples" / "minimal_sap.py"
 PAGE = (ROOT / "examples" / "paste_into_your_script.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 
 def run(output, *flags) -> tuple[float, float]:
@@ -36,7 +36,6 @@ def test_the_small_script_trains_and_writes(runs):
     folder, _ = runs
     assert (folder / "1" / LORA_FILE).is_file()
     assert (folder / "1" / "sample.png").is_file()
-    assert len(SCRIPT.read_text(encoding="utf-8").splitlines()) <= 120
 
 
 def test_it_learns_the_subject_and_the_anchor_keeps_it_from_drifting(runs, tmp_path):
@@ -47,16 +46,6 @@ def test_it_learns_the_subject_and_the_anchor_keeps_it_from_drifting(runs, tmp_p
     assert untrained[1] < 1e-3  # "sks ball" starts out as "ball"
 
 
-def test_the_page_shows_lines_that_are_in_the_script():
-    lines = {line.strip() for line in SCRIPT.read_text(encoding="utf-8").splitlines()}
-    shown = [line[1:].strip() for block in re.findall(r"```diff\n(.*?)```", PAGE, re.S) for line in block.splitlines()
-             if line[0] in "+ "]  # fmt: skip
-    assert len(shown) == 7
-    assert [line for line in shown if line not in lines] == []
-    marked = SCRIPT.read_text(encoding="utf-8").split("import argparse", 1)[1].count("# SAP")
-    assert f"adds {marked} lines" in PAGE
-
-
 def test_without_the_marked_lines_it_is_a_script_without_an_anchor():
     kept = [line for line in SCRIPT.read_text(encoding="utf-8").splitlines() if "# SAP" not in line]
     source = "\n".join(kept)
@@ -65,14 +54,25 @@ def test_without_the_marked_lines_it_is_a_script_without_an_anchor():
     assert "class_embeds" not in source
 
 
+# ---- The page ----
+
+
 def functions() -> str:
-    """What the page says to copy: its imports, and the functions of its table from the trainer."""
+    """What the page says to lift: its imports, and the functions that it names, from the trainer."""
     trainer = (ROOT / "train_sap_lora_sd15.py").read_text(encoding="utf-8")
-    names = re.findall(r"^\| `(\w+)\([\w, ]+\)` \|", PAGE, re.M)
-    assert set(names) == {"adapter_layers", "adapters_disabled", "anchor_caption", "evaluating", "predict_anchors",
-                          "semantic_anchor_loss"}  # fmt: skip
-    sources = [re.search(rf"(?:^@.*\n)?^def {name}\(.*?(?=\n\n\n)", trainer, re.M | re.S)[0] for name in names]
-    return "\n\n\n".join(["from __future__ import annotations", BLOCKS[0], *sources])
+    passage = PAGE.split("Those functions stand at the top of", 1)[1].split("```", 1)[0]
+    names = {"adapter_layers", "adapters_disabled", "anchor_caption", "evaluating", "predict_anchors",
+             "semantic_anchor_loss"}  # fmt: skip
+    assert names <= set(re.findall(r"`(\w+)`", passage))
+    sources = []
+    for node in ast.parse(trainer).body:
+        if isinstance(node, ast.FunctionDef) and node.name in names:
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            sources.append("\n".join(trainer.splitlines()[first - 1 : node.end_lineno]))
+    imports = re.findall(r"```python\n(.*?)```", PAGE, re.S)[-1]
+    source = "\n\n\n".join(["from __future__ import annotations", imports, *sources])
+    assert sorted(re.findall(r"^def (\w+)", source, re.M)) == sorted(names)  # each once, and nothing else
+    return source
 
 
 def test_the_functions_that_the_page_names_can_be_lifted():
@@ -90,28 +90,62 @@ def test_the_functions_that_the_page_names_can_be_lifted():
     assert (loss.item(), reconstruction.item(), drift.item()) == (1.5, 1.0, 1.0)
 
 
-def pasted(kind: str, text_encoder: bool) -> str:
-    """A script of the originals' shape with the page's blocks where the page says."""
-    _, plain, with_encoder, sd3, flux, loss = BLOCKS
-    argument = re.search(r"`(parser\.add_argument.*?)`", PAGE.replace("\n", " "))[1]
-    blocks = {"imports and functions": functions(), "class embeddings": with_encoder if text_encoder else plain,
-              "anchor": sd3 if kind == "sd3" else flux, "loss": loss, "argument": argument}  # fmt: skip
+def additions(script: str) -> list[tuple[str, str, str]]:
+    """What the page adds to a script, in order: "Above" or "Below", the start of a line there, the lines."""
+    general, own = re.split(r"^## (?:What to add|Script by script|Tried)$", PAGE, flags=re.M)[1:3]
+    shown = re.search(rf"`{script}`[^`]*(?:`[^`\n]+`[^`]*)*?:\n\n((?:```python\n.*?```\n+)+)", own, re.S)[1]
+    anchor, *step_four = re.findall(r"```python\n(.*?)```", shown, re.S)
+    found = []
+    for part in re.split(r"^\*\*(?=\d\.)", general, flags=re.M)[1:]:
+        number, where, start = re.match(r"(\d)\.\*\* (Above|Below) `(.+?)`", part).groups()
+        lines = re.search(r"```python\n(.*?)```", part, re.S)
+        if number == "3":
+            found.append((where, start, anchor))
+        elif number == "4" and step_four:
+            found.append((where, start, step_four[0]))
+        else:
+            found.append((where, start, lines[1]))
+    assert len(found) == 5
+    return found
 
-    def paste(found: re.Match) -> str:
-        return "\n".join(found[1] + line for line in blocks[found[2]].strip("\n").split("\n"))
 
-    shape = (ROOT / "tests" / "shape_of_originals.py").read_text(encoding="utf-8")
-    source, count = re.subn(r"^( *)# paste: ([\w ]+)$", paste, shape, flags=re.M)
-    assert count == len(blocks)
-    return source
+def paste(source: str, script: str) -> str:
+    """A script with the page's additions."""
+    lines = source.splitlines()
+    for where, start, added in additions(script):
+        (place,) = [index for index, line in enumerate(lines) if line.lstrip().startswith(start)]
+        indent = " " * (len(lines[place]) - len(lines[place].lstrip()))
+        place += where == "Below"
+        lines[place:place] = [indent + line for line in added.splitlines()]
+    return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize("more", [[], ["--train_text_encoder"], ["--precondition_outputs=0"]])
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
-def test_the_pages_blocks_run_in_a_script_of_the_originals_shape(kind, more, bases, tmp_path, monkeypatch, capsys):
+SCRIPTS = re.findall(r"^\| `(train_dreambooth_lora_\w+\.py)` \|", PAGE, re.M)
+
+
+def test_every_script_of_the_page_has_its_lines():
+    for block in re.findall(r"```python\n(.*?)```", PAGE, re.S):
+        compile(block, "page", "exec")
+    assert len(SCRIPTS) == 8
+    counts = {script: sum(len(added.splitlines()) for _, _, added in additions(script)) for script in SCRIPTS}
+    assert counts["train_dreambooth_lora_qwen_image.py"] == 8
+    assert max(counts.values()) <= 13
+    for script in SCRIPTS:
+        assert "SemanticAnchor(" in additions(script)[2][2]
+        assert "anchor.drift(" in additions(script)[3][2]
+
+
+KINDS = [("sd3", []), ("sd3", ["--train_text_encoder"]), ("sd3", ["--precondition_outputs=0"]), ("flux", []),
+         ("flux", ["--train_text_encoder"]), ("qwen_image", []), ("z_image", []), ("sdxl_advanced", []),
+         ("sdxl_advanced", ["--train_text_encoder", "--snr_gamma=5"])]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "more"), KINDS)
+def test_the_pages_lines_run_in_a_script_of_the_originals_shape(kind, more, bases, tmp_path, monkeypatch, capsys):
     """With one prompt for both, the anchor is the student's own prediction until it learns, and then no longer."""
-    script = tmp_path / "script.py"
-    script.write_text(pasted(kind, "--train_text_encoder" in more), encoding="utf-8")
+    shape, script = ROOT / "tests" / "shape_of_originals.py", tmp_path / "script.py"
+    script.write_text(paste(shape.read_text(encoding="utf-8"), f"train_dreambooth_lora_{kind}.py"), encoding="utf-8")
+    monkeypatch.syspath_prepend(ROOT / "examples")  # the copy beside the script
 
     def steps(script, *flags) -> list[dict]:
         reset()
@@ -119,11 +153,14 @@ def test_the_pages_blocks_run_in_a_script_of_the_originals_shape(kind, more, bas
         runpy.run_path(str(script), run_name="__main__")
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
-    anchored, plain = steps(script), steps(ROOT / "tests" / "shape_of_originals.py")
-    assert [step["drift"] for step in plain] == [0, 0, 0]
-    assert anchored[0] == plain[0]  # the same loss and gradients as without the anchor
-    assert min(step["drift"] for step in anchored[1:]) > 1e-6
-    assert anchored[1]["loss"] > plain[1]["loss"]  # of the same weights: what is new is w times the drift
+    anchored, plain = steps(script), steps(shape)
+    drift = [step["drift"] for step in anchored]
+    assert drift[0] == 0
+    assert anchored[0]["loss"] == plain[0]["loss"]  # the same loss and gradients as without the anchor
+    assert anchored[0]["gradients"] == plain[0]["gradients"]
+    assert min(drift[1:]) > 1e-6
+    weighted = pytest.approx(0.5 * drift[1], rel=1e-3, abs=5e-7)
+    assert anchored[1]["loss"] - plain[1]["loss"] == weighted  # of the same weights: what is new is w times the drift
     other = steps(script, "--class_prompt=a photo of a cat", "--max_train_steps=1")[0]
     assert other["drift"] > 1e-6
     assert other["gradients"] > 0
