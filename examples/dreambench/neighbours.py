@@ -114,6 +114,8 @@ def prior(script: ModuleType, run, step, anchor: None, student) -> dict[str, tor
     """
     args, images = run.args, run.images
     reconstruction = squared_errors(step, predict(script, step, student)).mean()
+    if step.index < 0:  # of a picture that is held out, for the log
+        return {"loss": reconstruction, "loss/reconstruction": reconstruction}
     key = (args.seed, run.accelerator.process_index, step.index, "class")
     generator = script.keyed_generator(*key)
     numbers = torch.randint(images.count, len(images), (len(step.pictures),), generator=generator).tolist()
@@ -165,7 +167,7 @@ def train_with(script: ModuleType, args: argparse.Namespace, loss: Loss) -> None
         run = prepare(*arguments, **more)
 
         def loss_terms(step, anchor, student, args):
-            return tuple(loss(script, run, step, anchor, student).values())
+            return loss(script, run, step, anchor, student)
 
         script.loss_terms = loss_terms
         return run
