@@ -7,6 +7,7 @@ import json
 import math
 import os
 import runpy
+import shlex
 import shutil
 import signal
 import socket
@@ -546,29 +547,68 @@ def test_flags_without_meaning_for_neighbours_are_refused(tmp_path, capsys):
 # --- All of it ----------------------------------------------------------------------------------------------------
 
 
-def test_the_whole_way_from_the_loras_to_the_page(loras, tmp_path):
-    """Two subjects, one seed, few steps: what RESULTS.md does at length."""
-    images, results = tmp_path / "images", tmp_path / "results"
-    both = {"subjects": ("ball", "fish")}
-    drawn(images, "base", "--tags", "backbone=sd15", **both)
-    for w in ("0", "0.5"):
-        tags = ["--tags", "backbone=sd15", f"w={w}", "anchor=pretrained", "seed=0"]
-        pattern = str(loras / f"sd15-w{w}-pretrained-seed0" / "{subject}")
-        drawn(images, f"w{w}", "--loras", pattern, *tags, **both)
-    where = [f"--images_dir={images}", f"--data_dir={DATA}"]
-    models = [f"--clip_model={WORLD / 'clip'}", f"--dino_model={WORLD / 'vit'}", f"--output_dir={results}"]
-    evaluate.main(evaluate.parse_args([*where, *models]))
-    methods = json.loads((results / "scores.json").read_text())["methods"]
-    assert set(methods) == {"base", "w0", "w0.5"}
+def commands(*words, **environment):
+    """The command lines that reproduce.sh prints."""
+    printed = subprocess.run(
+        ["bash", str(FOLDER / "reproduce.sh"), *words],
+        env=os.environ | environment, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    return [shlex.split(line) for line in printed.splitlines()]
+
+
+def here(args, jobs):
+    """The jobs in this process."""
+    for job in jobs:
+        script = benchmark.load_script(Path(job.command[0]))
+        reset()
+        script.main(script.parse_args(list(job.command[1:])))
+        yield train_subjects.finish(job, 0, 1.0)
+
+
+def test_the_papers_tables_and_figures_in_small(tmp_path, monkeypatch, capsys):
+    """What reproduce.sh prints for the tiny world, run: from the LoRAs to the tables, the page and the plots."""
+    monkeypatch.setattr(train_subjects, "run_here", here)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for name in ("tiny_world", "analysis"):
+        (tmp_path / name).symlink_to(WORLD.parent / name)
+    modules = {f"{module.__name__}.py": module for module in (train_subjects, generate, evaluate, table, report)}
+    for name in ("drift", "tradeoff"):
+        modules[f"../analysis/{name}.py"] = benchmark.load_script(WORLD.parent / "analysis" / f"{name}.py")
+    done = []
+    for item in ("table1", "figure3", "table2", "figure2", "figure6"):
+        for command in commands("--tiny", "sd15", item, SUBJECTS="ball", STEPS="2"):
+            assert command[0] == "python"
+            if command not in done:
+                reset()
+                modules[command[1]].main(modules[command[1]].parse_args(command[2:]))
+                done += [command] if command[1] in ("train_subjects.py", "generate.py") else []
+    methods = json.loads(Path("results/scores.json").read_text())["methods"]
+    assert set(methods) == {f"sd15-{name}" for name in ("w0", "w0.5", "prior", "beyond", "w0.5-finetuned")}
     assert all(-1 <= methods[m][metric]["mean"] <= 1 for m in methods for metric in ("clip_i", "clip_t", "dino"))
-    scores = str(results / "scores.json")
-    table.main(table.parse_args([scores, f"--output={results / 'table.md'}"]))
-    assert all(f"| {method} " in (results / "table.md").read_text() for method in methods)
-    report.main(report.parse_args([scores, *where, f"--output={tmp_path / 'report.html'}"]))
-    assert "a photo of a ball on the grass" in (tmp_path / "report.html").read_text(encoding="utf-8")
-    command = [sys.executable, str(ROOT / "examples" / "analysis" / "tradeoff.py"), f"--scores={scores}"]
-    subprocess.run([*command, f"--output_dir={tmp_path}", "--bootstrap_samples=100"], check=True)
-    assert (tmp_path / "tradeoff.png").is_file()
+    said = capsys.readouterr()
+    assert "| sd15-w0.5 " in said.out
+    assert "No LoRA keys" not in said.err
+    assert "a photo of a ball on the grass" in Path("report.html").read_text(encoding="utf-8")
+    for figure in ("tradeoff/tradeoff.png", "tradeoff/anchors.png", "drift-sd15/drift.png"):
+        assert Path(figure).is_file()
+
+
+@pytest.mark.parametrize("backbone", ["sd15", "sdxl", "sd3"])
+def test_the_commands_for_all_of_dreambench_are_taken_by_the_trainers(backbone):
+    printed = commands(backbone, "table1", DATA=str(DATA), MODEL=str(WORLD / backbone), SUBJECTS="ball")
+    trainings = [command[2:] for command in printed if command[1] == "train_subjects.py"]
+    assert len(trainings) == 2
+    for words in trainings:
+        args = train_subjects.parse_args(words)
+        train_subjects.check_scripts_flags(args, train_subjects.grid(args))
+    assert ["accelerate", "launch", "evaluate.py"] in [command[:3] for command in printed]
+
+
+def test_the_readme_has_a_row_for_every_table_and_figure():
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for item in ("table1", "table2", *(f"figure{number}" for number in range(2, 9))):
+        assert f"`{item}`" in text
 
 
 def test_the_command_lines_answer(capsys, monkeypatch):
