@@ -5,6 +5,7 @@ import csv
 import functools
 import itertools
 import json
+import os
 import shutil
 import sys
 
@@ -16,7 +17,7 @@ import torch
 from conftest import ROOT
 from diffusers import DDPMScheduler, DiffusionPipeline
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 FOLDERS = [str(ROOT / "examples" / name) for name in ("analysis", "dreambench")]
 sys.path[:0] = FOLDERS
@@ -220,6 +221,17 @@ def test_measured_files_are_not_measured_again(sd15_run, photos, tmp_path, monke
         measure(base, photos, tmp_path / "out", f"--run=a={growing}", "--num_timesteps=3")
 
 
+def test_another_bases_lora_is_a_sentence(sd15_run, photos, tmp_path):
+    """Its layers have the names of this base's and other shapes."""
+    base, run = sd15_run
+    (tmp_path / "other").mkdir()
+    tensors = load_file(run / "checkpoint-1" / drift.LORA_FILE)
+    wide = {name: torch.ones(tensor.shape[0], tensor.shape[1] + 8) for name, tensor in tensors.items()}
+    save_file(wide, tmp_path / "other" / "x-1.safetensors")
+    with pytest.raises(drift.UsageError, match="does not fit the base model"):
+        measure(base, photos, tmp_path / "out", f"--run=a={tmp_path / 'other'}")
+
+
 def test_seeds_of_a_label_share_a_line(sd15_run, photos, tmp_path):
     """The line's mean over the steps that all runs have; the last LoRA counts where its step is given."""
     base, run = sd15_run
@@ -246,16 +258,22 @@ def test_seeds_of_a_label_share_a_line(sd15_run, photos, tmp_path):
         (["--run=a={broken}"], "cannot be read"),
         (["--run=a={full}"], "has no LoRA layers"),
         (["--run=a={last}"], "give the step of its pytorch_lora_weights.safetensors with --final_step"),
+        (["--run=a={nan}"], "holds numbers that are not finite, in lora"),
+        (["--run=a={run}", "--instance_data_dir={pipes}"], "has no pictures"),  # and is not waited for
+        (["--run=a={run}", "--output_dir={nan}/x-1.safetensors"], "is not a folder"),
+        (["--run=a=~/nothing"], "where the folder exists"),
     ],
 )
 def test_bad_input_gets_one_sentence(sd15_run, photos, tmp_path, capsys, more, message):
-    for name in ("broken", "full", "last"):
+    for name in ("broken", "full", "last", "nan", "pipes"):
         (tmp_path / name).mkdir()
+    os.mkfifo(tmp_path / "pipes" / "0.png")
+    save_file({"lora": torch.tensor(float("nan"))}, tmp_path / "nan" / "x-1.safetensors")
     shutil.copy(sd15_run[1] / drift.LORA_FILE, tmp_path / "last")
     (tmp_path / "broken" / "x-1.safetensors").write_bytes(b"no tensors")
     save_file({"conv_in.weight": torch.zeros(1)}, tmp_path / "full" / "x-1.safetensors")
     folders = {"photos": photos, "run": sd15_run[1], "broken": tmp_path / "broken", "full": tmp_path / "full"}
-    folders["last"] = tmp_path / "last"
+    folders |= {name: tmp_path / name for name in ("last", "nan", "pipes")}
     more = [text.format(**folders) for text in more]
     with pytest.raises(SystemExit) as stop:
         drift.parse_args(command(sd15_run[0], photos, tmp_path / "out", *more))

@@ -48,8 +48,7 @@ def long_run(base, photos, output, *more: str) -> list[str]:
     return flags(base, photos, output, "--checkpointing_steps=2", *more, steps=100000)
 
 
-ACCELERATE = ["-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no",
-              "--dynamo_backend=no"]  # fmt: skip
+ACCELERATE = ["-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
 
 # ---- Loses work or lies ----
 

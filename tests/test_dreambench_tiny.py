@@ -12,19 +12,20 @@ import pytest
 from PIL import Image
 from runner import ROOT
 
-FOLDER = ROOT / "examples" / "dreambench"
+FOLDER = ROOT / "examples" / "experiments"
 WORLD = ROOT / "examples" / "tiny_world"
 
 
 @pytest.fixture(scope="module")
 def scripts():
     """The example's modules, which import one another by name."""
-    sys.path.insert(0, str(FOLDER))
+    paths = [str(FOLDER), str(ROOT / "examples" / "dreambench")]
+    sys.path[:0] = paths
     names = ["benchmark", "generate", "neighbours", "evaluate", "table", "tiny_experiments", "tiny_report"]
     for name in names:
         sys.modules.pop(name, None)
     yield {name: importlib.import_module(name) for name in names}
-    sys.path.remove(str(FOLDER))
+    sys.path[:] = [path for path in sys.path if path not in paths]
     for name in names:
         sys.modules.pop(name, None)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Colab notebook, executed from its first cell to its last on the tiny world."""
 
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -46,8 +47,17 @@ def test_it_trains_compares_and_exports(executed):
     assert all(key.startswith("lora_unet") for key in kohya)
     lora = {w: load_file(output / f"w{w}" / "pytorch_lora_weights.safetensors") for w in ("0", "0.5")}
     assert any((lora["0"][key] != lora["0.5"][key]).any() for key in lora["0"])
-    printed = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", []))
-    assert "accelerate launch train_sap_lora_sd15.py" in printed
+
+
+def test_it_shows_what_the_trainer_says_and_no_empty_panel(executed):
+    notebook, output = executed
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    printed = "".join(out.get("text", "") for out in outputs)
+    assert "python train_sap_lora_sd15.py" in printed
+    assert "teaches little" in printed  # as three steps do
+    assert "No LoRA keys associated" not in printed and "Steps:" not in printed
+    widths = {w: Image.open(output / f"curves-w{w}.png").width for w in ("0", "0.5")}
+    assert widths["0.5"] > 1.8 * widths["0"]  # without an anchor there is no distance to it
 
 
 def run_cells(*numbers, **values):
@@ -65,10 +75,43 @@ def test_the_class_has_its_article(name, prompt):
     assert f"--class_prompt={prompt}" in words
 
 
-def test_a_notebook_by_itself_asks_for_the_repository(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="address of their git repository into REPOSITORY"):
-        run_cells(3)
+def test_photos_of_an_iphone_count(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.HEIC", format="PNG")  # a plain Pillow reads no HEIC
+    run_cells(3, 5, PHOTOS=str(tmp_path))
+    assert "1 photos" in capsys.readouterr().out
+
+
+def test_sdxl_takes_one_anchor_at_a_time_on_16_gb():
+    words, _ = run_cells(7, BACKBONE="sdxl")["command"](0.5)
+    assert {"--anchor_batch_size=1", "--use_8bit_adam", "--resolution=1024"} <= set(words)
+
+
+def test_a_notebook_by_itself_clones_the_repository_and_asks_for_nothing(tmp_path, monkeypatch):
+    """From the address on top; with what HEIC photos need."""
+    published = tmp_path / "published"
+    published.mkdir()
+    (published / "train_sap_lora_sd15.py").write_text("")
+    identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message=x"]):
+        subprocess.run(["git", *identity, *words], cwd=published, check=True)
+    run, installed = subprocess.run, []
+
+    def without_pip(words, **options):
+        if "pip" in words:
+            installed.extend(words)
+        else:
+            run(words, **options)
+
+    monkeypatch.setattr(subprocess, "run", without_pip)
+    (tmp_path / "colab").mkdir()
+    monkeypatch.chdir(tmp_path / "colab")
+    with pytest.raises(SystemExit, match="REPOSITORY above"):
+        run_cells(3)  # nobody has written the address yet
+    run_cells(3, REPOSITORY=f"file://{published}")
+    assert Path("train_sap_lora_sd15.py").is_file() and Path.cwd().name == "sap-lora-repository"
+    assert {"requirements.txt", "pillow-heif", "matplotlib"} <= set(installed)
+    monkeypatch.chdir(tmp_path / "colab")
+    run_cells(3, REPOSITORY="file:///gone")  # run again, it takes what is there
 
 
 def test_it_is_committed_without_outputs_and_valid():

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Beyond-Finetuning sampling: the guidance that the pipelines really apply, against the published formulas."""
 
+import logging
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from conftest import ROOT
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(ROOT / "examples" / "sampling"))
 import beyond_finetuning  # noqa: E402 (the path comes first)
@@ -251,6 +254,54 @@ def test_command_line(folder, tmp_path):
 def lora_layers(pipeline):
     name = "transformer" if hasattr(pipeline, "transformer") else "unet"
     return {f"{name}_lora_layers": get_peft_model_state_dict(getattr(pipeline, name), adapter_name="default")}
+
+
+def saved_lora(base, folder):
+    """A LoRA of a base, with one tensor."""
+    pipeline = load(base)
+    pipeline.save_lora_weights(folder, **lora_layers(pipeline))
+    return folder
+
+
+def test_loading_a_lora_is_silent_and_another_bases_draws_nothing(tmp_path, caplog):
+    """diffusers warns of each text encoder that a LoRA does not train, and draws the base where nothing fits."""
+    bases = {name: getattr(tiny_pipelines, f"save_{name}")(tmp_path / name) for name in ("sd15", "sdxl", "sd3")}
+    loras = {name: saved_lora(base, tmp_path / f"{name}-lora") for name, base in bases.items()}
+    logger = logging.getLogger("diffusers.loaders")
+    logger.addHandler(caplog.handler)
+    mixed = ["--method=mixed", "--concept_weight=2", "--class_weight=1", "--device=cpu"]
+    args = command(bases["sdxl"], tmp_path / "out", *mixed, f"--lora={loras['sdxl']}")
+    beyond_finetuning.load_pipeline(args)
+    assert "No LoRA keys" not in caplog.text
+    for base, lora, says in (
+        ("sd15", "sdxl", "does not fit the base"),
+        ("sd15", "sd3", "no layer that fits the base"),
+        ("sd3", "sd15", "no layer that fits the base"),
+    ):
+        args = command(bases[base], tmp_path / "out", *mixed, f"--lora={loras[lora]}")
+        with pytest.raises(ValueError, match=says):
+            beyond_finetuning.load_pipeline(args)
+    assert "No LoRA keys associated to UNet2DConditionModel" in caplog.text  # what is not expected is told
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--lora=nan"], "holds numbers that are not finite, in x"),
+        (["--lora=cut"], "is damaged"),
+        (["--lora=~/nowhere"], f"{Path.home()}/nowhere is not there"),
+        (["--output_dir=cut"], "cut is not a folder"),
+        (["--num_images=0"], "--num_images must be at least 1"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_loaded(tmp_path, monkeypatch, capsys, flags, says):
+    monkeypatch.chdir(tmp_path)
+    save_file({"x": torch.tensor([0.0, float("nan")])}, "nan")
+    Path("cut").write_bytes(Path("nan").read_bytes()[:-4])
+    with pytest.raises(SystemExit, match="2"):
+        command(tmp_path / "no-model", tmp_path / "out", *flags)
+    assert says in capsys.readouterr().err
 
 
 def test_command_line_says_what_is_missing(tmp_path, capsys):

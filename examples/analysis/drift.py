@@ -3,7 +3,8 @@
 
     python drift.py --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --instance_data_dir dog --instance_prompt "a photo of sks dog" --class_prompt "a photo of a dog" \
-        --resolution 512 --run "w = 0=runs/plain" --run "w = 0.5=runs/sap" --output_dir drift
+        --resolution 512 --run "w = 0=loras/sd15-w0-pretrained-seed0/dog" \
+        --run "w = 0.5=loras/sd15-w0.5-pretrained-seed0/dog" --final_step 500 --output_dir drift
 
 Every LoRA sees the same evaluation set: each picture of the subject, with the same noises, at the same timesteps.
 With y the network's output (noise, v, or the velocity of a flow) and ||.|| the L2 norm of one sample, averaged:
@@ -21,6 +22,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 import sys
@@ -69,6 +71,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if empty else super()._get_help_string(action)
 
 
+def path(text: str) -> Path:
+    """A flag's value as a path, in which "~" is the home folder."""
+    return Path(text).expanduser()
+
+
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; a contradiction ends it before anything is loaded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
@@ -89,7 +96,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="a run's folder, with checkpoint-STEP folders or LoRA files whose names end in the step; repeat it for "
         "more runs; runs of one label (seeds) become one line with a band")  # fmt: skip
     add("--final_step", type=int, metavar="STEP", help=f"step of {LORA_FILE} in the run's folder; else it is left out")
-    add("--output_dir", type=Path, required=True, metavar="FOLDER", help="gets drift.csv and drift.png")
+    add("--output_dir", type=path, required=True, metavar="FOLDER", help="gets drift.csv and drift.png")
     add("--anchor_weight", type=float, default=0.5, metavar="W", help="w of the objective (c), for every run")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of the weights")
@@ -98,7 +105,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_set_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("evaluation set").add_argument
-    add("--instance_data_dir", type=Path, required=True, metavar="FOLDER", help="pictures of the subject")
+    add("--instance_data_dir", type=path, required=True, metavar="FOLDER", help="pictures of the subject")
     add("--instance_prompt", required=True, metavar="TEXT", help='c_sbj: "a photo of sks dog"')
     add("--class_prompt", required=True, metavar="TEXT", help='c_cls: "a photo of a dog"')
     add("--resolution", type=int, required=True, metavar="PIXELS", help="side of the centre crop, as in training")
@@ -109,7 +116,7 @@ def add_set_arguments(parser: argparse.ArgumentParser) -> None:
     add("--anchor_latents", choices=["same", "class"], default="same",
         help="where (b) takes its anchor: at the student's z_t, as Eq. 5, or at z_t^cls, as Figure 2: a class "
         "picture with the same noise")  # fmt: skip
-    add("--class_data_dir", type=Path, metavar="FOLDER", help="class pictures; else the base model makes them")
+    add("--class_data_dir", type=path, metavar="FOLDER", help="class pictures; else the base model makes them")
     add("--num_class_images", type=int, metavar="N", help="how many it makes; as many as there are of the subject")
     add("--num_inference_steps", type=int, default=50, metavar="N", help="sampling steps of class pictures")
     add("--guidance_scale", type=float, default=7.5, metavar="S", help="guidance of class pictures")
@@ -117,6 +124,10 @@ def add_set_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_args(args: argparse.Namespace) -> None:
     """Check all that can be checked without a model; fill in `images`, `class_images` and `loras`."""
+    if args.pretrained_model_name_or_path.startswith("~"):
+        args.pretrained_model_name_or_path = str(path(args.pretrained_model_name_or_path))
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise UsageError(f"--output_dir: {args.output_dir} is not a folder.")
     for name in ("num_timesteps", "num_noises", "batch_size", "num_class_images", "num_inference_steps", "resolution"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -139,7 +150,8 @@ def check_args(args: argparse.Namespace) -> None:
 
 def list_images(folder: Path, flag: str) -> list[Path]:
     """The pictures of a folder, by name."""
-    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    named = [file for file in folder.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
+    files = sorted(file for file in named if file.is_file())  # a pipe would be waited for
     if not files:
         raise UsageError(f"{flag}: {folder} has no pictures; give a folder with some.")
     return files
@@ -167,8 +179,8 @@ def list_loras(run: str, final_step: int | None) -> list[Lora]:
     Raises:
         UsageError: where there are none, a step occurs twice, or a file is not a LoRA.
     """
-    label, _, path = run.rpartition("=")
-    folder = Path(path)
+    label, _, name = run.rpartition("=")
+    folder = path(name)
     if not label or not folder.is_dir():
         raise UsageError(f"--run {run}: give LABEL=FOLDER, where the folder exists.")
     files = [file for file in folder.glob("*.safetensors") if file.name != LORA_FILE]
@@ -194,14 +206,17 @@ def list_loras(run: str, final_step: int | None) -> list[Lora]:
 
 
 def check_lora(file: Path) -> None:
-    """Read a file's header and raise `UsageError` if it is no LoRA."""
+    """Read a file and raise `UsageError` if it is no LoRA, or not finite."""
     try:
         with safe_open(file, framework="pt") as tensors:
             names = list(tensors.keys())
+            odd = [name for name in names if not tensors.get_tensor(name).isfinite().all()]
     except (SafetensorError, OSError) as error:
         raise UsageError(f"--run: {file} cannot be read ({error}); remove or replace it.") from error
     if not any("lora" in name.lower() for name in names):
         raise UsageError(f"--run: {file} has no LoRA layers; remove it from the folder.")
+    if odd:
+        raise UsageError(f"--run: {file} holds numbers that are not finite, in {odd[0]}; remove it from the folder.")
 
 
 def sha256(file: Path) -> str:
@@ -417,6 +432,31 @@ def measure(args: argparse.Namespace, pipeline, evaluation: EvaluationSet, title
     return numbers
 
 
+def expected(record: logging.LogRecord) -> bool:
+    """A filter without diffusers' warning that a LoRA has nothing for a text encoder: most LoRAs have not."""
+    said = record.getMessage()
+    return not (said.startswith("No LoRA keys associated") and "prefix='text_encoder" in said)
+
+
+def load_lora(pipeline, file: Path) -> None:
+    """Load a LoRA; `UsageError` where it does not fit the base."""
+    with safe_open(file, framework="pt") as tensors:
+        trains_text = any("text_encoder" in key or key.startswith("lora_te") for key in tensors.keys())  # noqa: SIM118
+    logger = logging.getLogger("diffusers.loaders.lora_base")
+    if not trains_text:
+        logger.addFilter(expected)
+    try:
+        pipeline.load_lora_weights(file.parent, weight_name=file.name)
+    except (RuntimeError, ValueError, LookupError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UsageError(f"--run: {file} does not fit the base model; is it another model's LoRA?") from error
+    finally:
+        logger.removeFilter(expected)
+    if not pipeline.get_list_adapters():
+        raise UsageError(f"--run: {file} has no layer that fits the base model; is it another model's LoRA?")
+
+
 @torch.no_grad()
 def measure_all(args: argparse.Namespace, measured: dict, todo: dict[str, Path]) -> None:
     """Measure the LoRAs in `todo` (hash -> file), and first the base; `measured` is written after each."""
@@ -426,9 +466,7 @@ def measure_all(args: argparse.Namespace, measured: dict, todo: dict[str, Path])
     measured[BASE] = measure(args, pipeline, evaluation, "Base model") | {"output": output_name(scheduler)}
     write_measured(args, measured)
     for key, file in tqdm(todo.items(), desc="LoRAs"):
-        pipeline.load_lora_weights(file.parent, weight_name=file.name)
-        if not pipeline.get_list_adapters():
-            raise UsageError(f"--run: {file} has no layer that fits the base model; is it another model's LoRA?")
+        load_lora(pipeline, file)
         measured[key] = measure(args, pipeline, evaluation, file.parent.name)
         write_measured(args, measured)
         pipeline.unload_lora_weights()

@@ -48,12 +48,17 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if empty else super()._get_help_string(action)
 
 
+def path(text: str) -> Path:
+    """A flag's value as a path, in which "~" is the home folder."""
+    return Path(text).expanduser()
+
+
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line and the scores; what is wrong with them ends it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--scores", type=Path, nargs="+", required=True, metavar="FILE", help="scores.json of evaluate.py, or several")
-    add("--output_dir", type=Path, required=True, metavar="FOLDER", help="gets two CSV and two PNG files")
+    add("--scores", type=path, nargs="+", required=True, metavar="FILE", help="scores.json of evaluate.py, or several")
+    add("--output_dir", type=path, required=True, metavar="FOLDER", help="gets two CSV and two PNG files")
     add("--anchor_weight", type=float, default=0.5, metavar="W", help="w at which Figure 6 compares the anchors")
     add("--bootstrap_samples", type=int, default=10_000, metavar="N", help="draws of the 95 %% intervals")
     add("--seed", type=int, default=0, help="of those draws")

@@ -11,6 +11,8 @@ for cats and dogs, the other for everything else, as in DreamBench.
 import argparse
 import ast
 import importlib.util
+import json
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -72,11 +74,83 @@ def load_script(file: Path) -> ModuleType:
     return module
 
 
+def path(text: str) -> Path:
+    """A flag's value as a path, in which "~" is the home folder, also behind a "=" where no shell expands it."""
+    return Path(text).expanduser()
+
+
+def model_name(text: str) -> str:
+    """A name on the hub as it is, or a local folder as `path` reads it."""
+    return str(path(text)) if text.startswith("~") else text
+
+
+def read_text(file: Path) -> str:
+    """A file's text. `ValueError`, one sentence, where it is not there, no ordinary file, or not UTF-8."""
+    if not file.is_file():  # a pipe would be waited for
+        what = "is not an ordinary file" if file.exists() else "is not there"
+        raise ValueError(f"{file} {what}")
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: save it as UTF-8") from error
+
+
+def read_json(file: Path) -> dict:
+    """The object that a JSON file holds. `ValueError`, one sentence, for any other file, and for NaN and infinity."""
+    try:
+        content = json.loads(read_text(file), parse_constant=not_json)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}): make it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged (it holds no JSON object): make it again")
+    return content
+
+
+def not_json(constant: str) -> None:
+    raise json.JSONDecodeError(f"{constant} is no number", constant, 0)
+
+
+def write_json(file: Path, content: object) -> None:
+    """Write JSON as `write_file` does."""
+    write_file(file, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_file(file: Path, content: str | bytes) -> None:
+    """Write a file that is there whole or not at all, and make its folder; a device or a pipe is written into.
+
+    Raises:
+        ValueError: one sentence, where the place is a folder or cannot be written to.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        if file.exists() and not file.is_file():
+            file.write_bytes(data)  # a folder refuses it
+            return
+        target = file.resolve()  # what a link points to, and not the link, is replaced
+        target.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(target, data)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be written: {error.strerror or error}") from error
+
+
+def replace_file(file: Path, data: bytes) -> None:
+    """Write beside a file, then rename; where that fails, nothing is left beside it."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def image_files(folder: Path) -> list[Path]:
-    """Pictures directly in a folder, by name; hidden files are left out."""
+    """Pictures directly in a folder, by name; what is hidden or no ordinary file is left out."""
     if not folder.is_dir():
         return []
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not f.name.startswith("."))
+    named = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(file for file in named if file.is_file() and not file.name.startswith("."))
 
 
 def check_image(file: Path) -> None:
@@ -99,12 +173,9 @@ def read_image(file: Path) -> Image.Image:
 def read_benchmark(folder: Path, prompts_file: Path | None = None) -> Benchmark:
     """Read the text file of a DreamBench folder. `ValueError`, one sentence, where it cannot be understood."""
     file = prompts_file or folder / PROMPTS_FILE
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(f"{file} is not there: it has DreamBench's classes and prompts, and comes with its pictures")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: save it as UTF-8") from error
+    text = read_text(file)
     classes = read_classes(text)
     lists = read_prompt_lists(text)
     if not classes:
@@ -124,9 +195,14 @@ def read_benchmark(folder: Path, prompts_file: Path | None = None) -> Benchmark:
 
 
 def check_name(name: str, what: str) -> None:
-    """Raise `ValueError`, which begins with `what`, for a name that is not that of a folder within another one."""
-    if name in (".", "..") or Path(name).name != name:
+    """Raise `ValueError`, which begins with `what`, for a name that is not that of a folder within another one.
+
+    It is also a cell of tables: a spreadsheet would compute what begins like a formula, and "|" ends a cell.
+    """
+    if name in ("", ".", "..") or Path(name).name != name or not name.isprintable():
         raise ValueError(f'{what} "{name}" is no name for a folder: leave slashes and leading dots out')
+    if name[0] in "=+-@" or "|" in name:
+        raise ValueError(f'{what} "{name}" would break tables: begin with a letter or a number, and leave "|" out')
 
 
 def read_classes(text: str) -> dict[str, str]:

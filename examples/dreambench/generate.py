@@ -14,6 +14,7 @@ subject, the base model is shown the class prompt ("a dog in the snow").
 import argparse
 import hashlib
 import json
+import logging
 import math
 import os
 import sys
@@ -30,8 +31,12 @@ from benchmark import (
     UnreadableImage,
     check_name,
     load_script,
+    model_name,
+    path,
     read_benchmark,
     read_image,
+    read_json,
+    write_json,
 )
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -61,9 +66,9 @@ class Picture:
 def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--pretrained_model_name_or_path", help="Base pipeline: hub name or local folder.")
-    add("--data_dir", type=Path, required=True, help="DreamBench: a folder a subject, and prompts_and_classes.txt.")
-    add("--images_dir", type=Path, required=True, help="Folder of the pictures of all methods.")
+    add("--pretrained_model_name_or_path", type=model_name, help="Base pipeline: hub name or local folder.")
+    add("--data_dir", type=path, required=True, help="DreamBench: a folder a subject, and prompts_and_classes.txt.")
+    add("--images_dir", type=path, required=True, help="Folder of the pictures of all methods.")
     add("--method", required=True, help="Name of the method: its folder, and its row in the table.")
     add("--tags", nargs="*", default=[], metavar="KEY=VALUE", help="Facts for the plots: backbone, w, anchor, seed.")
     add = parser.add_argument_group(
@@ -108,6 +113,8 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Raise `ValueError` for what cannot work, before anything is loaded."""
     check_name(args.method, "--method")
+    if args.images_dir.exists() and not args.images_dir.is_dir():
+        raise ValueError(f"--images_dir: {args.images_dir} is not a folder")
     given = [name for name in SOURCES if getattr(args, name)]
     if len(given) > 1:
         raise ValueError(f"--{given[1]} cannot go with --{given[0]}: a method has one kind of weights")
@@ -135,44 +142,45 @@ def check_subjects(args: argparse.Namespace, source: str = "") -> None:
     for subject in args.subjects:
         if subject not in there:
             raise ValueError(f"--subjects: {subject} has no pictures or no class in {args.data_dir}")
-        path = weights_of(args, subject)
-        if path is not None:
-            check_weights(f"--{source}", path)
+        weights = weights_of(args, subject)
+        if weights is not None:
+            check_weights(f"--{source}", weights)
         count = len(args.benchmark.templates(subject))
         if any(not 0 <= index < count for index in args.prompts or []):
             raise ValueError(f"--prompts must be from 0 to {count - 1} for {subject}")
 
 
 def read_tag(text: str) -> tuple[str, object]:
-    """("w", 0.5) of "w=0.5"; what is not a number stays text."""
+    """("w", 0.5) of "w=0.5"; what is no number, true or false stays text."""
     key, separator, value = text.partition("=")
     if not key or not separator:
         raise ValueError(f"--tags {text}: write KEY=VALUE, such as w=0.5")
     try:
-        return key, json.loads(value, parse_constant=str)  # NaN is no JSON
-    except json.JSONDecodeError:
+        found = json.loads(value, parse_constant=str)  # NaN is no JSON
+    except (json.JSONDecodeError, RecursionError):
         return key, value
+    return key, found if isinstance(found, (int, float)) else value
 
 
 def weights_of(args: argparse.Namespace, subject: str) -> Path | None:
     """Where a subject's weights are; None for the base model, which has none, and for an IP-Adapter."""
     patterns = [getattr(args, name) for name in SOURCES if name != "ip_adapter" and getattr(args, name)]
-    return Path(patterns[0].replace("{subject}", subject)) if patterns else None
+    return path(patterns[0].replace("{subject}", subject)) if patterns else None
 
 
-def weight_files(path: Path) -> list[Path]:
+def weight_files(weights: Path) -> list[Path]:
     """The file itself, or the safetensors files of a folder: a whole pipeline's, or a LoRA's without checkpoints."""
-    pattern = "*/*.safetensors" if (path / "model_index.json").is_file() else "*.safetensors"
-    return [path] if path.is_file() else sorted(path.glob(pattern))
+    pattern = "*/*.safetensors" if (weights / "model_index.json").is_file() else "*.safetensors"
+    return [weights] if weights.is_file() else sorted(weights.glob(pattern))
 
 
-def check_weights(flag: str, path: Path) -> None:
+def check_weights(flag: str, weights: Path) -> None:
     """Raise `ValueError` where a subject's weights are missing, damaged, or not numbers: they draw something, too."""
-    if not path.exists():
-        raise ValueError(f"{flag}: {path} is not there")
-    if not weight_files(path):
-        raise ValueError(f"{flag}: {path} has no .safetensors file; train it again")
-    for file in weight_files(path):
+    if not weights.exists():
+        raise ValueError(f"{flag}: {weights} is not there")
+    if not weight_files(weights):
+        raise ValueError(f"{flag}: {weights} has no .safetensors file; train it again")
+    for file in weight_files(weights):
         try:
             with safe_open(file, "pt") as tensors:
                 odd = [name for name in tensors.keys() if not tensors.get_tensor(name).isfinite().all()]  # noqa: SIM118
@@ -182,12 +190,12 @@ def check_weights(flag: str, path: Path) -> None:
             raise ValueError(f"{flag}: {file} holds numbers that are not finite, in {odd[0]}: train it again")
 
 
-def digest(path: Path | None) -> str | None:
+def digest(weights: Path | None) -> str | None:
     """SHA-256 over the names and bytes of the weights."""
-    if path is None:
+    if weights is None:
         return None
     total = hashlib.sha256()
-    for file in weight_files(path):
+    for file in weight_files(weights):
         total.update(file.name.encode())
         total.update(file.read_bytes())
     return total.hexdigest()
@@ -248,23 +256,50 @@ def write_manifest(folder: Path, manifest: dict) -> None:
     Raises:
         ValueError: if the folder has pictures made otherwise, which would be mixed with these.
     """
-    path = folder / "manifest.json"
-    if path.is_file():
+    file = folder / "manifest.json"
+    if file.exists():
+        before = read_json(file)
         try:
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
             pictures = {picture["file"]: picture for picture in before["images"]}
-        except (ValueError, TypeError, LookupError) as error:
-            raise ValueError(f"{path} is damaged ({error}): remove it, it is written again") from error
+        except (TypeError, LookupError) as error:
+            raise ValueError(f"{file} is damaged ({error}): remove it, it is written again") from error
         added = {picture["file"]: picture for picture in manifest["images"]}
         changed = [key for key in manifest if key != "images" and before.get(key) != manifest[key]]
-        changed += ["images"] if any(pictures.get(file, one) != one for file, one in added.items()) else []
+        if any(pictures.get(name, one) != one for name, one in added.items()):
+            changed.append("images")
         if changed:
-            raise ValueError(f"{path} was made with other {', '.join(changed)}: take another --method, or remove it")
+            raise ValueError(f"{file} was made with other {', '.join(changed)}: take another --method, or remove it")
         manifest = manifest | {"images": list((pictures | added).values())}
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(".manifest.partial")
-    partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-    os.replace(partial, path)
+    write_json(file, manifest)
+
+
+def expected(record: logging.LogRecord) -> bool:
+    """A filter without diffusers' warning that a LoRA has nothing for a text encoder: most LoRAs have not."""
+    said = record.getMessage()
+    return not (said.startswith("No LoRA keys associated") and "prefix='text_encoder" in said)
+
+
+def load_lora(pipeline: DiffusionPipeline, weights: Path) -> None:
+    """Load a LoRA's file or folder; `ValueError` where it does not fit the base."""
+    keys = []
+    for file in weight_files(weights):
+        with safe_open(file, "pt") as tensors:
+            keys += tensors.keys()
+    options = {"weight_name": weights.name} if weights.is_file() else {}
+    logger = logging.getLogger("diffusers.loaders.lora_base")
+    trains_text = any("text_encoder" in key or key.startswith("lora_te") for key in keys)
+    if not trains_text:
+        logger.addFilter(expected)
+    try:
+        pipeline.load_lora_weights(str(weights.parent if weights.is_file() else weights), **options)
+    except (RuntimeError, ValueError, LookupError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"--loras: {weights} does not fit the base; is it another model's LoRA?") from error
+    finally:
+        logger.removeFilter(expected)
+    if not pipeline.get_active_adapters():
+        raise ValueError(f"--loras: {weights} has no layer that fits the base; is it another model's LoRA?")
 
 
 class Model:
@@ -302,10 +337,7 @@ class Model:
         args = self.args
         if args.loras:
             self.pipeline.unload_lora_weights()
-            name = {"weight_name": weights.name} if weights.is_file() else {}
-            self.pipeline.load_lora_weights(str(weights.parent if weights.is_file() else weights), **name)
-            if not self.pipeline.get_active_adapters():
-                raise ValueError(f"--loras: {weights} has no layer that fits the base; is it another model's LoRA?")
+            load_lora(self.pipeline, weights)
         elif args.pipelines:
             self.pipeline = self.load(str(weights))
         elif args.textual_inversion:
@@ -379,11 +411,11 @@ def generate(args: argparse.Namespace, state: PartialState, pictures: list[Pictu
             prompts = [picture.prompt for picture in batch]
             images = sample(pipeline, prompts, [picture.class_prompt for picture in batch], options)
             for picture, image in zip(batch, images, strict=True):
-                path = folder / picture.file
-                path.parent.mkdir(parents=True, exist_ok=True)
-                partial = path.with_name(f".{path.name}.partial")
+                file = folder / picture.file
+                file.parent.mkdir(parents=True, exist_ok=True)
+                partial = file.with_name(f".{file.name}.partial")
                 image.save(partial, format="PNG")
-                os.replace(partial, path)
+                os.replace(partial, file)
             bar.update(len(batch))
 
 

@@ -13,8 +13,8 @@
             which costs one more forward and backward
     l2      s times the squares of the LoRA's A and B (arXiv 2505.19519)
 
-s is --strength. The training script of the backbone does everything else and takes all other flags; nothing in it is
-changed but the functions that are replaced here.
+s is --strength. The training script of the backbone does everything else and takes all other flags: it is given
+another loss.
 """
 
 import argparse
@@ -23,21 +23,18 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from benchmark import HelpFormatter, load_script
+from benchmark import HelpFormatter, image_files, load_script, path
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 STRENGTHS = {"prior": 1.0, "dco": 1000.0, "dop": 1.0, "l2": 1e-6}
-ANCHORED = ("dco", "dop")  # methods that need the frozen model's predictions
 CLASS_BATCH = 4  # class pictures made at once
 
-# (step, anchor, student, args) -> the loss, and for the log its reconstruction and its other term
-LossTerms = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
+Loss = Callable[..., dict[str, torch.Tensor]]  # (script, run, step, anchor, student) -> "loss", and its terms
 
 
 def parse_args(input_args: Sequence[str] | None = None, script: ModuleType | None = None) -> argparse.Namespace:
@@ -47,7 +44,7 @@ def parse_args(input_args: Sequence[str] | None = None, script: ModuleType | Non
     add("--method", choices=list(STRENGTHS), required=True, help="Which loss.")
     add("--backbone", choices=["sd15", "sdxl", "sd3"], required=True, help="Which training script.")
     add("--strength", type=float, help=f"s, or the weight of the added term (default: {STRENGTHS}).")
-    add("--class_data_dir", type=Path, help="prior: folder of the class pictures (default: OUT/class_images).")
+    add("--class_data_dir", type=path, help="prior: folder of the class pictures (default: OUT/class_images).")
     add("--num_class_images", type=int, default=100, help="prior: pictures to make of the class.")
     add("--sampling_steps", type=int, default=50, help="prior: denoising steps of a class picture.")
     add("--guidance_scale", type=float, default=7.5, help="prior: guidance of the class pictures.")
@@ -56,7 +53,7 @@ def parse_args(input_args: Sequence[str] | None = None, script: ModuleType | Non
         parser.error("--anchor_weight, --anchor_source and --train_text_encoder have no meaning here: leave them out")
     own.script = script or load_script(ROOT / f"train_sap_lora_{own.backbone}.py")
     own.strength = STRENGTHS[own.method] if own.strength is None else own.strength
-    weight = f"--anchor_weight={float(own.method in ANCHORED)}"  # above 0 the script predicts anchors
+    weight = f"--anchor_weight={float(own.method == 'dop')}"  # above 0 the script predicts anchors
     args = argparse.Namespace(**vars(own.script.parse_args([*rest, weight])) | vars(own))
     if args.method == "prior" and (args.class_prompt is None or args.num_class_images < 1):
         parser.error("--method prior needs --class_prompt and at least one of --num_class_images")
@@ -66,13 +63,21 @@ def parse_args(input_args: Sequence[str] | None = None, script: ModuleType | Non
 
 
 def make_class_images(args: argparse.Namespace) -> Path:
-    """The folder of class pictures of the untrained base; those that are there are kept."""
-    folder = Path(args.class_data_dir or Path(args.output_dir) / "class_images")
+    """The folder of class pictures of the untrained base, with captions; what is there is kept."""
+    folder = Path(args.class_data_dir or path(args.output_dir) / "class_images")
     paths = [folder / f"{number:04}.png" for number in range(args.num_class_images)]
-    missing = [number for number, path in enumerate(paths) if not path.is_file()]
-    if not missing:
-        return folder
+    missing = [number for number, file in enumerate(paths) if not file.is_file()]
     folder.mkdir(parents=True, exist_ok=True)
+    if missing:
+        draw_class_images(args, paths, missing)
+    for file in image_files(folder):
+        if not file.with_suffix(".txt").exists():
+            file.with_suffix(".txt").write_text(args.class_prompt, encoding="utf-8")
+    return folder
+
+
+def draw_class_images(args: argparse.Namespace, paths: Sequence[Path], missing: Sequence[int]) -> None:
+    """Pictures of the class prompt by the base model, those of `paths` whose numbers are missing."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
     pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=dtype).to(device)
@@ -89,96 +94,101 @@ def make_class_images(args: argparse.Namespace) -> Path:
             partial = paths[number].with_name(f".{number}.{os.getpid()}")
             image.save(partial, format="PNG")
             os.replace(partial, paths[number])
-    return folder
 
 
-def prior(script: ModuleType, args: argparse.Namespace) -> dict[str, Callable]:
-    """Class pictures are encoded with the subject's, as pictures that are held out, so batches never hold them.
+def predict(script: ModuleType, step, student) -> torch.Tensor:
+    """The student's prediction (B, C, h, w) for the subject's prompts, in the space of the target."""
+    prediction = student(step.model_input, step.timesteps, step.conditioning, step.prompts)
+    return script.to_target_space(prediction, step)
 
-    Each micro-step gets a second one of as many class pictures, with noise and timesteps of its own. As pictures that
-    are held out they are cropped in the middle and not mirrored.
+
+def squared_errors(step, prediction: torch.Tensor) -> torch.Tensor:
+    """Of each element, weighed as the script weighs its reconstruction term, which is their mean."""
+    return step.mask * step.sample_weights * (step.target - prediction) ** 2
+
+
+def prior(script: ModuleType, run, step, anchor: None, student) -> dict[str, torch.Tensor]:
+    """Each micro-step gets a second one of as many class pictures, with noise and timesteps of its own.
+
+    They are the pictures that are held out, so batches never hold them, and are cropped in the middle, not mirrored.
     """
-    folder, loss_terms, draw, of_class = make_class_images(args), script.loss_terms, script.draw_micro_step, {}
-
-    class SubjectImages(script.SubjectImages):
-        def __init__(self, args):
-            super().__init__(argparse.Namespace(**vars(args) | {"validation_data_dir": str(folder)}))
-            self.captions[self.count :] = [args.class_prompt] * (len(self) - self.count)
-
-    def draw_micro_step(run, index, items):
-        images, key = run.images, (run.args.seed, run.accelerator.process_index, index, "class")
-        generator = script.keyed_generator(*key)
-        numbers = torch.randint(images.count, len(images), (len(items),), generator=generator).tolist()
-        others = [images[number, (*key, i)] for i, number in enumerate(numbers)]
-        of_class[index] = draw(run, -1 - index, others)
-        return draw(run, index, items)
-
-    def with_class(step, anchor, student, args):
-        loss, reconstruction, _ = loss_terms(step, None, student, args)
-        class_loss, *_ = loss_terms(of_class.pop(step.index), None, student, args)
-        return loss + args.strength * class_loss, reconstruction, class_loss
-
-    return {"SubjectImages": SubjectImages, "draw_micro_step": draw_micro_step, "loss_terms": with_class}
+    args, images = run.args, run.images
+    reconstruction = squared_errors(step, predict(script, step, student)).mean()
+    if step.index < 0:  # of a picture that is held out, for the log
+        return {"loss": reconstruction, "loss/reconstruction": reconstruction}
+    key = (args.seed, run.accelerator.process_index, step.index, "class")
+    generator = script.keyed_generator(*key)
+    numbers = torch.randint(images.count, len(images), (len(step.pictures),), generator=generator).tolist()
+    items = [images[number, (*key, i)] for i, number in enumerate(numbers)]
+    of_class = script.draw_micro_step(run, -1 - step.index, items)
+    class_term = squared_errors(of_class, predict(script, of_class, student)).mean()
+    loss = reconstruction + args.strength * class_term
+    return {"loss": loss, "loss/reconstruction": reconstruction, "loss/class": class_term}
 
 
-def dco(script: ModuleType, args: argparse.Namespace) -> dict[str, Callable]:
-    """-log sigmoid(-beta (L_student - L_frozen)) of each sample; the anchor's prompt is the subject's own."""
-
-    class SubjectImages(script.SubjectImages):
-        def caption_all(self, captions):
-            super().caption_all(captions)
-            self.anchor_captions = list(self.captions)
-
-    def loss_terms(step, anchor, student, args):
-        prediction = student(step.model_input, step.timesteps, step.conditioning, step.prompts)
-        prediction, frozen = script.to_target_space(prediction, step), script.to_target_space(anchor, step)
-        weights = step.sample_weights * step.mask
-        errors = [(weights * (step.target - one) ** 2).flatten(1).mean(1) for one in (prediction, frozen)]
-        loss = -F.logsigmoid(-args.strength * (errors[0] - errors[1])).mean()
-        options = (frozen, 0.0, step.sample_weights, step.mask)
-        _, *parts = script.semantic_anchor_loss(prediction, step.target, *options)
-        return loss, *parts
-
-    return {"SubjectImages": SubjectImages, "loss_terms": loss_terms}
+def dco(script: ModuleType, run, step, anchor: None, student) -> dict[str, torch.Tensor]:
+    """-log sigmoid(-s (L_student - L_frozen)) of each sample; the frozen model sees the subject's own prompt."""
+    with torch.no_grad(), script.adapters_disabled(student):
+        frozen = predict(script, step, student)
+    prediction = predict(script, step, student)
+    errors = squared_errors(step, prediction)
+    advantage = (errors - squared_errors(step, frozen)).flatten(1).mean(1)
+    loss = -F.logsigmoid(-run.args.strength * advantage).mean()
+    change = (step.sample_weights * (prediction - frozen) ** 2).mean()
+    return {"loss": loss, "loss/reconstruction": errors.mean(), "loss/change": change}
 
 
-def dop(script: ModuleType, args: argparse.Namespace) -> dict[str, LossTerms]:
+def dop(script: ModuleType, run, step, anchor: torch.Tensor, student) -> dict[str, torch.Tensor]:
     """student(class) is drawn to frozen(class); the subject's prompt is only regressed to its target."""
-    subject_terms = script.loss_terms
-
-    def loss_terms(step, anchor, student, args):
-        loss, reconstruction, _ = subject_terms(step, None, student, args)
-        prediction = student(step.model_input, step.timesteps, step.anchor_conditioning, step.prompts)
-        change = script.to_target_space(prediction, step) - script.to_target_space(anchor, step)
-        preservation = (step.sample_weights * change**2).mean()
-        return loss + args.strength * preservation, reconstruction, preservation
-
-    return {"loss_terms": loss_terms}
+    reconstruction = squared_errors(step, predict(script, step, student)).mean()
+    of_class = student(step.model_input, step.timesteps, step.anchor_conditioning, step.prompts)
+    change = script.to_target_space(of_class, step) - script.to_target_space(anchor, step)
+    preservation = (step.sample_weights * change**2).mean()
+    loss = reconstruction + run.args.strength * preservation
+    return {"loss": loss, "loss/reconstruction": reconstruction, "loss/preservation": preservation}
 
 
-def l2(script: ModuleType, args: argparse.Namespace) -> dict[str, LossTerms]:
+def l2(script: ModuleType, run, step, anchor: None, student) -> dict[str, torch.Tensor]:
     """The squares of A and B, summed."""
-    plain = script.loss_terms
-
-    def loss_terms(step, anchor, student, args):
-        loss, reconstruction, _ = plain(step, None, student, args)
-        squares = sum(parameter.square().sum() for parameter in student.parameters() if parameter.requires_grad)
-        return loss + args.strength * squares, reconstruction, squares
-
-    return {"loss_terms": loss_terms}
+    reconstruction = squared_errors(step, predict(script, step, student)).mean()
+    squares = sum(parameter.square().sum() for parameter in student.parameters() if parameter.requires_grad)
+    loss = reconstruction + run.args.strength * squares
+    return {"loss": loss, "loss/reconstruction": reconstruction, "loss/l2": squares}
 
 
 METHODS = {"prior": prior, "dco": dco, "dop": dop, "l2": l2}
 
 
+def train_with(script: ModuleType, args: argparse.Namespace, loss: Loss) -> None:
+    """The script's `main`, which trains on `loss`."""
+    prepare, terms = script.prepare, script.loss_terms
+
+    def prepare_and_tell(*arguments, **more):
+        run = prepare(*arguments, **more)
+
+        def loss_terms(step, anchor, student, args):
+            return loss(script, run, step, anchor, student)
+
+        script.loss_terms = loss_terms
+        return run
+
+    script.prepare = prepare_and_tell
+    try:
+        script.main(args)
+    finally:
+        script.prepare, script.loss_terms = prepare, terms
+
+
 def main(args: argparse.Namespace) -> None:
-    """Train as the script does, with the method's functions in place of its own."""
+    """Train as the script does, with the method's loss in place of its own."""
     args = argparse.Namespace(**vars(args))
     script = vars(args).pop("script")  # what is left is recorded in checkpoints
-    functions = METHODS[args.method](script, args)
-    unused = {"class_data_dir": None, "num_class_images": 100}  # flags of the script, too, which it warns of
-    with patch.multiple(script, **functions):
-        script.main(argparse.Namespace(**vars(args) | unused))
+    if args.method == "prior":
+        args.validation_data_dir = str(make_class_images(args))
+    # Flags of the script, too, which it warns of.
+    args.class_data_dir = None
+    args.num_class_images = 100
+    train_with(script, args, METHODS[args.method])
 
 
 if __name__ == "__main__":

@@ -23,12 +23,15 @@ and the pipelines' own guidance computes it: we only choose the prompt, and wher
 import argparse
 import contextlib
 import dataclasses
+import logging
 import sys
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 METHODS = ("switching", "mixed", "multistage")
@@ -285,64 +288,109 @@ def add_third(value, third: torch.Tensor | None = None):
 # -------------------------------------------------------------------------------------------------------- command line
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the default of a flag where it has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        empty = action.default is None or action.default is False
-        return action.help if empty else super()._get_help_string(action)
+def path(text: str) -> Path:
+    """A flag's value as a path, in which "~" is the home folder."""
+    return Path(text).expanduser()
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; a contradiction ends it before anything is loaded."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    model = parser.add_argument_group("model")
-    model.add_argument("--pretrained_model_name_or_path", required=True, metavar="MODEL", help="base model")
-    model.add_argument("--lora", type=Path, metavar="FOLDER", help="folder or file of a LoRA; none: the base model")
-    model.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of all weights")
-    model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to sample")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = "(default: %(default)s)"
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True, metavar="MODEL", help="base model")
+    add("--lora", type=path, metavar="FOLDER", help="folder or file of a LoRA; none: the base model")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help=f"of all weights {default}")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help=f"where to sample {default}")
 
     guidance = parser.add_argument_group("guidance", "numbers left out take their published values, where they exist")
-    guidance.add_argument("--prompt", required=True, help='with the token: "a photo of sks dog in the snow"')
-    guidance.add_argument("--class_prompt", required=True, help='without it: "a photo of a dog in the snow"')
-    guidance.add_argument("--method", choices=METHODS, default="switching")
-    guidance.add_argument(
-        "--guidance_scale", type=float, metavar="W", help="switching: guidance scale of both prompts"
-    )
-    guidance.add_argument("--switch_step", type=int, metavar="T", help="first step of the concept (not for mixed)")
-    guidance.add_argument("--concept_weight", type=float, metavar="WC", help="mixed, multistage: the concept's weight")
-    guidance.add_argument(
-        "--class_weight", type=float, metavar="WS", help="mixed, multistage: the superclass's weight"
-    )
-    guidance.add_argument("--negative_prompt", help="in place of the empty prompt")
+    add = guidance.add_argument
+    add("--prompt", required=True, help='with the token: "a photo of sks dog in the snow"')
+    add("--class_prompt", required=True, help='without it: "a photo of a dog in the snow"')
+    add("--method", choices=METHODS, default="switching", help=default)
+    add("--guidance_scale", type=float, metavar="W", help="switching: guidance scale of both prompts")
+    add("--switch_step", type=int, metavar="T", help="first step of the concept (not for mixed)")
+    add("--concept_weight", type=float, metavar="WC", help="mixed, multistage: the concept's weight")
+    add("--class_weight", type=float, metavar="WS", help="mixed, multistage: the superclass's weight")
+    add("--negative_prompt", help="in place of the empty prompt")
 
-    pictures = parser.add_argument_group("pictures")
-    pictures.add_argument("--output_dir", type=Path, required=True, metavar="FOLDER", help="gets 0.png, 1.png ...")
-    pictures.add_argument("--num_images", type=int, default=4, metavar="N", help="how many pictures")
-    pictures.add_argument("--batch_size", type=int, default=1, metavar="N", help="how many at a time")
-    pictures.add_argument("--num_inference_steps", type=int, default=STEPS, metavar="N", help="sampling steps")
-    pictures.add_argument("--resolution", type=int, metavar="PIXELS", help="side of a picture; the model's own")
-    pictures.add_argument("--max_sequence_length", type=int, metavar="N", help="SD3: tokens of T5, as in training")
-    pictures.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count on")
+    add = parser.add_argument_group("pictures").add_argument
+    add("--output_dir", type=path, required=True, metavar="FOLDER", help="gets 0.png, 1.png ...")
+    add("--num_images", type=int, default=4, metavar="N", help=f"how many pictures {default}")
+    add("--batch_size", type=int, default=1, metavar="N", help=f"how many at a time {default}")
+    add("--num_inference_steps", type=int, default=STEPS, metavar="N", help=f"sampling steps {default}")
+    add("--resolution", type=int, metavar="PIXELS", help="side of a picture; the model's own")
+    add("--max_sequence_length", type=int, metavar="N", help="SD3: tokens of T5, as in training")
+    add("--seed", type=int, default=0, help=f"of the first picture; the next ones count on {default}")
     args = parser.parse_args(arguments)
 
-    if args.lora and not args.lora.exists():
-        parser.error(f"--lora: {args.lora} does not exist; give the folder that training wrote.")
+    if args.pretrained_model_name_or_path.startswith("~"):
+        args.pretrained_model_name_or_path = str(path(args.pretrained_model_name_or_path))
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        parser.error(f"--output_dir: {args.output_dir} is not a folder.")
     if args.output_dir.is_dir() and any(args.output_dir.glob("*.png")):
         parser.error(f"--output_dir: {args.output_dir} has pictures already; choose another folder.")
     for name in ("num_images", "batch_size", "num_inference_steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1.")
+    try:
+        args.lora_keys = read_lora(args.lora) if args.lora else []
+    except ValueError as error:
+        parser.error(f"--lora: {error}")
     return args
 
 
+def lora_file(lora: Path) -> Path:
+    """The file itself, or the one of the usual name in a folder."""
+    return lora / LORA_FILE if lora.is_dir() else lora
+
+
+def read_lora(lora: Path) -> list[str]:
+    """The names of a LoRA's tensors; `ValueError`, one sentence, for one that is not there, damaged or not finite."""
+    file = lora_file(lora)
+    if not file.is_file():
+        raise ValueError(f"{file} is not there; give the folder that training wrote, or a file.")
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged ({error}); copy or train it again.") from error
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{file} holds numbers that are not finite, in {name}; train it again.")
+    return list(tensors)
+
+
+def expected(record: logging.LogRecord) -> bool:
+    """A filter without diffusers' warning that a LoRA has nothing for a text encoder: most LoRAs have not."""
+    said = record.getMessage()
+    return not (said.startswith("No LoRA keys associated") and "prefix='text_encoder" in said)
+
+
+def load_lora(pipeline: DiffusionPipeline, lora: Path, keys: list[str]) -> None:
+    """Load a LoRA with these keys; `ValueError` where nothing of it, or not all its shapes, fit the base."""
+    file = lora_file(lora)
+    logger = logging.getLogger("diffusers.loaders.lora_base")
+    trains_text = any("text_encoder" in key or key.startswith("lora_te") for key in keys)
+    if not trains_text:
+        logger.addFilter(expected)
+    try:
+        pipeline.load_lora_weights(file.parent, weight_name=file.name)
+    except (RuntimeError, ValueError, LookupError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"--lora: {file} does not fit the base; is it another model's LoRA?") from error
+    finally:
+        logger.removeFilter(expected)
+    if not pipeline.get_active_adapters():
+        raise ValueError(f"--lora: {file} has no layer that fits the base; is it another model's LoRA?")
+
+
 def load_pipeline(args: argparse.Namespace) -> DiffusionPipeline:
-    """The base model on its device, with the LoRA."""
+    """The base model on its device, with the LoRA; `ValueError` where that is another model's."""
     dtype = getattr(torch, args.dtype)
     pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=dtype)
     if args.lora:
-        folder, file = (args.lora.parent, args.lora.name) if args.lora.is_file() else (args.lora, LORA_FILE)
-        pipeline.load_lora_weights(folder, weight_name=file)
+        load_lora(pipeline, args.lora, args.lora_keys)
     return pipeline.to(args.device)
 
 
@@ -352,11 +400,11 @@ def main(args: argparse.Namespace) -> None:
     try:
         pipeline_class = DiffusionPipeline.load_config(args.pretrained_model_name_or_path)["_class_name"]
         make_schedule(pipeline_class, args.method, **numbers, num_inference_steps=args.num_inference_steps)
+        pipeline = load_pipeline(args)
     except (ValueError, OSError) as error:
         print(f"beyond_finetuning.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
-    pipeline = load_pipeline(args)
     options = {"num_inference_steps": args.num_inference_steps, "negative_prompt": args.negative_prompt}
     if args.resolution:
         options |= {"height": args.resolution, "width": args.resolution}

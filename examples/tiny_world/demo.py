@@ -70,9 +70,9 @@ def command(args: argparse.Namespace, weight: float, out: pathlib.Path) -> list[
         "seed": args.seed,
         "output_dir": out,
     }
-    if args.steps:
+    if args.steps is not None:
         options["max_train_steps"] = args.steps
-    if args.learning_rate:
+    if args.learning_rate is not None:
         options["learning_rate"] = args.learning_rate
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     return [f"train_sap_lora_{args.backbone}.py", *flags, "--skip_final_inference", "--report_to", "none"]
@@ -81,7 +81,7 @@ def command(args: argparse.Namespace, weight: float, out: pathlib.Path) -> list[
 def train_loras(args: argparse.Namespace) -> None:
     """Both runs side by side, one CPU core each; the first shows its progress, the second writes it to a file."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--mixed_precision", "no"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     runs = []
     for name, weight in WEIGHTS.items():

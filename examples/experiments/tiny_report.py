@@ -27,14 +27,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import evaluate
 import matplotlib
 import numpy as np
 import torch
-from benchmark import HelpFormatter, load_script, read_benchmark, read_image
 from PIL import Image, ImageDraw, ImageFont
 from tiny_experiments import EQUAL_COMPUTE, PRIOR, RANK, RATE, SAP, WORLD, at_rate, forget_accelerate, planned
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "dreambench"))
+import evaluate  # noqa: E402
+from benchmark import HelpFormatter, load_script, read_benchmark, read_image  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first: there may be no display)

@@ -33,16 +33,18 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import evaluate
-import generate
-import neighbours
 import numpy as np
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from benchmark import PROMPTS_FILE, HelpFormatter, load_script, read_benchmark
 from PIL import Image
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples" / "dreambench"))  # the scripts that this one runs in its own processes
+import evaluate  # noqa: E402
+import generate  # noqa: E402
+import neighbours  # noqa: E402
+from benchmark import PROMPTS_FILE, HelpFormatter, load_script, read_benchmark  # noqa: E402
+
 WORLD = ROOT / "examples" / "tiny_world"
 drift = load_script(ROOT / "examples" / "analysis" / "drift.py")
 PARTS = ("core", "curve", "masks", "frontier", "rates", "budget", "neighbours")
