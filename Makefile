@@ -26,7 +26,7 @@ $(VENV)/demo-installed: requirements-demo.txt constraints.txt | $(RUN)
 
 $(VENV)/installed: requirements.txt requirements-demo.txt requirements-dev.txt constraints.txt \
   examples/dreambench/requirements.txt | $(RUN)
-	@echo "Installing what the tests and all examples need into $(VENV), SIZE GB or, with CUDA, more: some minutes of silence"
+	@echo "Installing what the tests and all examples need into $(VENV), 2.2 GB or, with CUDA, more: some minutes of silence"
 	$(PIP) requirements-dev.txt
 	touch $(VENV)/demo-installed $@
 
