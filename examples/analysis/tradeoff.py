@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fidelity against text alignment over the anchor's weight, and the two anchors: Figures 5 and 6 of the SAP paper.
+"""CLIP-I and DINO against CLIP-T over the anchor's weight, and with both anchors: Figures 5 and 6 of the SAP paper.
 
     python tradeoff.py --scores results/scores.json --output_dir tradeoff
 
@@ -232,14 +232,14 @@ def write_csv(file: Path, rows: list[dict]) -> None:
 
 
 def draw_trade_off(args: argparse.Namespace, rows: list[dict]) -> None:
-    """tradeoff.png: a row of panels a backbone; fidelity (CLIP-I, DINO) against CLIP-T."""
+    """tradeoff.png: a row of panels a backbone; CLIP-I and DINO against CLIP-T."""
     backbones = list(dict.fromkeys(row["backbone"] for row in rows))
     figure, axes = plt.subplots(len(backbones), 2, figsize=(11, 4.1 * len(backbones) + 0.4), squeeze=False)
     for line, backbone in zip(axes, backbones, strict=True):
         own = [row for row in rows if row["backbone"] == backbone]
-        for axis, fidelity in zip(line, ("clip_i", "dino"), strict=True):
-            draw_panel(axis, own, fidelity)
-            axis.set_title(f"{BACKBONES.get(backbone, backbone)}  {METRICS[fidelity]} against CLIP-T".strip())
+        for axis, metric in zip(line, ("clip_i", "dino"), strict=True):
+            draw_panel(axis, own, metric)
+            axis.set_title(f"{BACKBONES.get(backbone, backbone)}  {METRICS[metric]} against CLIP-T".strip())
         line[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8, frameon=False)
     figure.text(
         0.01,
@@ -253,25 +253,25 @@ def draw_trade_off(args: argparse.Namespace, rows: list[dict]) -> None:
     plt.close(figure)
 
 
-def draw_panel(axis, rows: list[dict], fidelity: str) -> None:
+def draw_panel(axis, rows: list[dict], metric: str) -> None:
     """The curve over w, each point with its weight, and the other methods as single points."""
     curve = [row for row in rows if row["kind"] == "curve"]
-    axis.plot([row["clip_t"] for row in curve], [row[fidelity] for row in curve], color="C0", zorder=2, label="over w")
+    axis.plot([row["clip_t"] for row in curve], [row[metric] for row in curve], color="C0", zorder=2, label="over w")
     others = [row for row in rows if row["kind"] != "curve"]
     for row in curve:
-        axis.plot(row["clip_t"], row[fidelity], "o", color="C0", zorder=3)
-        position, text = (row["clip_t"], row[fidelity]), row["label"] if row is curve[0] else f"{row['w']:g}"
+        axis.plot(row["clip_t"], row[metric], "o", color="C0", zorder=3)
+        position, text = (row["clip_t"], row[metric]), row["label"] if row is curve[0] else f"{row['w']:g}"
         axis.annotate(text, position, (6, 6), textcoords="offset points", fontsize=8, color="C0", zorder=4)
     for number, row in enumerate(others):
         style = {"color": f"C{1 + number % 9}", "marker": "sD^vP*Xph"[number % 9]}
-        axis.plot(row["clip_t"], row[fidelity], linestyle="none", markersize=8, label=row["label"], zorder=3, **style)
+        axis.plot(row["clip_t"], row[metric], linestyle="none", markersize=8, label=row["label"], zorder=3, **style)
     colours = [(row, "C0") for row in curve] + [(row, f"C{1 + n % 9}") for n, row in enumerate(others)]
     for row, color in [pair for pair in colours if pair[0]["subjects"] >= FEWEST_SUBJECTS]:
-        ends = ([row[f"{name}_low"], row[f"{name}_high"]] for name in ("clip_t", fidelity))
+        ends = ([row[f"{name}_low"], row[f"{name}_high"]] for name in ("clip_t", metric))
         across, along = ends
-        axis.plot(across, [row[fidelity]] * 2, color=color, alpha=0.35, linewidth=1, zorder=1)
+        axis.plot(across, [row[metric]] * 2, color=color, alpha=0.35, linewidth=1, zorder=1)
         axis.plot([row["clip_t"]] * 2, along, color=color, alpha=0.35, linewidth=1, zorder=1)
-    axis.set(xlabel="CLIP-T (text alignment)", ylabel=f"{METRICS[fidelity]} (subject fidelity)")
+    axis.set(xlabel="CLIP-T (text alignment)", ylabel=METRICS[metric])
     axis.locator_params(nbins=5)  # more labels would overlap
     axis.grid(alpha=0.3)
 
