@@ -759,6 +759,10 @@ def train(run: Run, training: Training) -> int:
                     accelerator.backward(terms["loss"])
                 seen.append(terms)
                 pictures += step.pictures
+                if run.signals.received and accelerator.num_processes == 1:
+                    break
+            if len(seen) < accumulation:  # asked to stop, and no other rank waits for the rest of the step
+                break
             means = {name: torch.stack([terms[name].detach() for terms in seen]).mean() for name in seen[0]}
             update(run, training, means, pictures)
             signal_number = after_update(run, training, progress)
