@@ -940,17 +940,11 @@ def read_folder(name: str, field: str | None) -> tuple[list[Path], list[str | No
     if importlib.util.find_spec("pillow_heif"):
         importlib.import_module("pillow_heif").register_heif_opener()
     readable = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = []
-    skipped = []
-    texts = {}
     with explained(f"{folder} cannot be read"):
-        for path in list_folder(folder):
-            if path.is_file() and path.suffix.lower() in readable:
-                files.append(path)
-            elif path.suffix == ".txt":
-                texts[normal_form(path.stem)] = path
-            elif path != metadata:
-                skipped.append(path.name)
+        listed = [path for path in list_folder(folder) if path != metadata]
+        files = [path for path in listed if path.is_file() and path.suffix.lower() in readable]
+    texts = {normal_form(path.stem): path for path in listed if path.suffix == ".txt"}
+    skipped = [path.name for path in listed if path not in files and path.suffix != ".txt"]
     if skipped:
         advice = "for HEIC export JPEG, or pip install pillow-heif"
         logger.warning(f"{folder}: not pictures, skipped: {', '.join(skipped)}; {advice}")
@@ -1085,7 +1079,8 @@ class SubjectImages:
         self.anchor_captions = [args.class_prompt or ""] * len(captions)
         if anchored and token is not None:
             for index, caption in enumerate(captions):
-                if caption is not None and (args.subject_token or token in IDENTIFIER.findall(caption)):
+                named = args.subject_token or token in IDENTIFIER.findall(caption or "")
+                if caption is not None and named:
                     with explained("--subject_token"):
                         self.anchor_captions[index] = class_caption(caption, token, args.class_token or "")
 
@@ -1840,14 +1835,15 @@ def set_aside(output_dir: Path, checkpoint: Path | None, step: int) -> None:
 def cut_metrics(output_dir: Path, step: int) -> None:
     """Keep of `metrics.jsonl` the lines up to the step that a run goes on from."""
     path = output_dir / METRICS_FILE
+    if not path.is_file():
+        return
     kept = ""
-    if path.is_file():
-        with tidying(), replacing(path) as partial:  # no link is followed
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-                with contextlib.suppress(ValueError, TypeError, LookupError):  # a line that was cut short
-                    if json.loads(line)["step"] <= step:
-                        kept += line
-            partial.write_text(kept, encoding="utf-8")
+    with tidying(), replacing(path) as partial:  # no link is followed
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+            with contextlib.suppress(ValueError, TypeError, LookupError):  # a line that was cut short
+                if json.loads(line)["step"] <= step:
+                    kept += line
+        partial.write_text(kept, encoding="utf-8")
 
 
 def save_checkpoint(run: Run, training: Training) -> None:
@@ -2526,8 +2522,10 @@ def derive_class_prompt(args: Namespace) -> None:
     token = args.subject_token
     if token is None:
         token = args.class_prompt_lacks = customary_identifier([prompt])
+    if token is None:
+        return
     # Where every picture has a caption the instance prompt is not used, and may lack the word.
-    if token is not None and (token in prompt or args.caption_column is None):
+    if token in prompt or args.caption_column is None:
         with explained("--instance_prompt"):
             args.class_prompt = class_caption(prompt, token, args.class_token or "")
 
@@ -2581,7 +2579,8 @@ def check_anchor(args: Namespace) -> None:
         )
     if args.mask_dir and args.alpha_mask:
         raise UsageError("--mask_dir and --alpha_mask are two sources of masks: pass one")
-    if (args.mask_dir or args.alpha_mask) and args.anchor_weight == 0:
+    masked = args.mask_dir or args.alpha_mask
+    if masked and args.anchor_weight == 0:
         raise UsageError("masks need the anchor, which holds what is outside of them: drop --anchor_weight 0")
 
 
