@@ -408,8 +408,8 @@ def mask_weights(run: Run, items: list[dict], size: torch.Size) -> Tensor | floa
     """What the reconstruction weighs in each place (B, 1, h, w): 1 inside the masks, `--unmasked_weight` outside."""
     if not run.images.masks or items[0]["index"] >= run.images.count:  # pictures that are held out have none
         return 1.0
-    masks = [run.images.mask(item["index"], item["flipped"], item["centering"]) for item in items]
-    inside = nn.functional.adaptive_avg_pool2d(torch.stack(masks), size)
+    masks = [run.images.mask(item["index"], item["flipped"], item["centering"], size) for item in items]
+    inside = torch.stack(masks)
     return to_device(inside + run.args.unmasked_weight * (1 - inside), run.device)
 
 
@@ -1143,10 +1143,10 @@ class SubjectImages:
         return VaeImageProcessor(do_resize=False).preprocess(image)[0]
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 (the pictures live as long as the run)
-    def mask(self, index: int, flipped: bool, centering: tuple[float, float]) -> Tensor:
-        """The mask of a picture, cropped as that is, for each of its latents: (1, h / 8, w / 8), 1 on the subject."""
+    def mask(self, index: int, flipped: bool, centering: tuple[float, float], size: torch.Size) -> Tensor:
+        """The mask of a picture, cropped as that is, for latents of a size (h, w): (1, h, w), 1 on the subject."""
         mask = self.fit(self.masks[index], index, flipped, centering, "BOX")
-        return nn.functional.avg_pool2d(torch.from_numpy(np.asarray(mask, np.float32) / 255)[None], 8)
+        return nn.functional.adaptive_avg_pool2d(torch.from_numpy(np.asarray(mask, np.float32) / 255)[None], size)
 
     def fit(self, image: Image.Image, index: int, flipped: bool, centering: tuple, method: str) -> Image.Image:
         """A picture, or its mask, mirrored if need be, resized to cover its window and cropped."""
@@ -2559,6 +2559,8 @@ def check_places(args: Namespace) -> None:
             raise ValueError("this is a file; name a folder")
         if args.instance_data_dir and output_dir.is_relative_to(Path(args.instance_data_dir).resolve()):
             raise ValueError("this is in the folder of the photos, and its pictures would be trained on")
+        if (output_dir / "model_index.json").exists():
+            raise ValueError("this is the folder of a pipeline; take another one")
     base = args.pretrained_model_name_or_path
     with explained(f"--pretrained_model_name_or_path {base} is no folder here, and no name on the hub"):
         if not Path(base).exists():
@@ -2635,6 +2637,9 @@ def quantization_config(args: Namespace, dtype: torch.dtype = torch.float32) -> 
 
 def warn_about_arguments(args: Namespace) -> None:
     """Say once what was accepted and is not used, and what is hardly meant."""
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")  # `accelerate launch` always names one
+    if backend.lower() != "no":
+        logger.warning(f"the launcher's dynamo backend {backend}: unused, --compile compiles")
     unused = [flag for flag in KNOWN_FLAGS if isinstance(flag, Unused)]
     given = [flag.name for flag in unused if getattr(args, flag.name[2:]) not in (None, False, flag.default)]
     if given:

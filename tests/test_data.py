@@ -300,10 +300,10 @@ def test_masks_take_little_memory_however_often_they_are_cropped(masks, photos):
     images = load(photos, f"--mask_dir={masks}", left_out="--center_crop")
     tracemalloc.start()
     for step in range(200):
-        images.mask(0, False, (step / 200, 0.5))
+        images.mask(0, False, (step / 200, 0.5), (8, 8))
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert images.mask(0, False, (0, 0.5)).shape == (1, 8, 8)
+    assert images.mask(0, False, (0, 0.5), (8, 8)).shape == (1, 8, 8)
     assert kept < 200 * 64 * 64
 
 

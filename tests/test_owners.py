@@ -65,7 +65,7 @@ def test_a_mask_lies_where_the_subject_lies(flipped, centering, tmp_path):
     for index in range(3):
         picture = (images.pixel_values(index, flipped, centering)[0] + 1) / 2
         picture = torch.nn.functional.avg_pool2d(picture[None], 8)[0]
-        mask = images.mask(index, flipped, centering)[0]
+        mask = images.mask(index, flipped, centering, (8, 8))[0]
         assert mask.shape == picture.shape == (8, 8)
         assert (picture - mask).abs().mean() < 0.03
         assert mask.min() >= 0
