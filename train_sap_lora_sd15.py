@@ -2427,7 +2427,7 @@ ADVANCED_FLAGS = {  # of diffusers' advanced scripts, with what comes nearest he
     "--use_blora": "--lora_layers names the layers to adapt",
     "--lora_unet_blocks": "--lora_layers names the layers to adapt",
 }
-IDENTIFIER = re.compile(r"(?<!\S)(?:sks|zwx|ohwx|xjy|TOK|[VS]\*|\[V\*?\]|<[^<>\s]+>)(?!\S)")
+IDENTIFIER = re.compile(r"(?<!\S)(?:sks|zwx|ohwx|xjy|TOK|[VS]\*|\[V\*?\]|<[^<>\s]+>)(?![^\s.,;:!?])")
 SMALL_WORDS = "a|an|the|my|of|in|on|at|by|with|from|for|to|and|near|under|like|as|called|named"
 
 

@@ -14,14 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [ROOT / f"train_sap_lora_{base}.py" for base in ("sd15", "sdxl", "sd3")]
 # What of sd15's a script has in another form, since its base asks for it.
 OF_EVERY_BASE = """PIPELINE_CLASS TRAINABLE_TEXT_ENCODERS BASE_PARTS FOREIGN_PARTS BASE_KIND UNUSED_PARTS TRACKER
-    RESOLUTION LEARNING_RATE WEIGHT_DECAY FLAGS_OF_BASE check_base_flags describe_base MicroStep diffuse denoise
+    LEARNING_RATE WEIGHT_DECAY FLAGS_OF_BASE check_base_flags describe_base MicroStep diffuse denoise
     to_target_space scale_latents encode_prompts encode_for_sampling training_scheduler sampling_scheduler
     load_text_pipeline""".split()
 # And what a script alone has, in the lines after those.
 OWN = {
     "train_sap_lora_sd15.py": [],
     "train_sap_lora_sdxl.py": [
-        *OF_EVERY_BASE, "KOHYA_PREFIXES", "draw_micro_step", "vae_source", "kohya_name", "base_version",
+        *OF_EVERY_BASE, "RESOLUTION", "KOHYA_PREFIXES", "draw_micro_step", "vae_source", "kohya_name", "base_version",
         "EDM_SCHEDULERS", "is_edm", "diffuse_edm", "edm_coefficients", "size_conditioning", "STABILITY_BLOCK",
         "STABILITY_SLOTS", "STABILITY_NAMES", "stability_name",
     ],

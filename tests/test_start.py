@@ -2,7 +2,9 @@
 """How a run starts: environment, precision, locks, trackers, several nodes. What cannot work ends in a sentence."""
 
 import errno
+import json
 import os
+import shutil
 import tomllib
 import types
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from copies import ROOT, SCRIPTS
 from filelock import FileLock, UnixFileLock
-from runner import flags, lora, reset, train
+from runner import flags, lora, make_run, reset, train, without
 
 import train_sap_lora_sd15 as sap
 
@@ -120,7 +122,7 @@ def test_a_file_system_without_locks_is_told_and_the_run_goes_on(number, when, t
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     (tmp_path / ".lock").touch()
-    for _ in range(2):  # a run before, and one that was killed, leave nothing that is in the way
+    for _ in range(2 if when == "locking" else 1):  # a run before leaves nothing that is in the way
         with sap.locked(tmp_path):
             pass
     assert (f"{tmp_path} cannot be locked" in caplog.text) == (when == "locking")
@@ -241,3 +243,55 @@ def test_what_torch_needs_for_compiling_is_there():
 )
 def test_the_customary_word_of_captions(texts, word):
     assert sap.customary_identifier(texts) == word
+
+
+def test_captions_with_the_customary_word_have_anchors_of_their_own(captioned, caplog):
+    sap.logger.setLevel("INFO")
+    arguments = without(flags("base", captioned, "/out"), "--class_prompt")
+    images = sap.SubjectImages(sap.parse_args(arguments))
+    assert images.anchor_captions == [caption.replace("sks ", "") for caption in images.captions]
+    assert 'the captions without "sks"; --subject_token to say it better' in caplog.text
+    assert "The captions differ and all are anchored" not in caplog.text
+    said = sap.SubjectImages(sap.parse_args([*arguments, "--class_prompt=a photo of a dog"]))
+    assert set(said.anchor_captions) == {"a photo of a dog"}
+
+
+def test_a_caption_without_that_word_keeps_the_class_prompt(captioned, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(captioned, folder)
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    lines[0] = json.dumps(json.loads(lines[0]) | {"text": "desks and a dog"})
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    images = sap.SubjectImages(sap.parse_args(without(flags("base", folder, "/out"), "--class_prompt")))
+    assert images.anchor_captions[:2] == ["a photo of dog", "dog in the snow"]
+
+
+@pytest.mark.parametrize("more", [[], ["--subject_token=sks"]])
+def test_a_caption_whose_anchor_names_nothing_is_refused(more, captioned, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(captioned, folder)
+    text = (folder / "metadata.jsonl").read_text()
+    (folder / "metadata.jsonl").write_text(text.replace("sks dog in the snow", "a photo of sks in the snow"))
+    arguments = without(flags("base", folder, "/out", *more), "--class_prompt")
+    with pytest.raises(sap.UsageError, match="a photo of sks in the snow.*names nothing"):
+        sap.SubjectImages(sap.parse_args(arguments))
+
+
+# ---- Memory ----
+
+
+@pytest.mark.parametrize("script", ["train_sap_lora_sd15", "train_sap_lora_sdxl", "train_sap_lora_sd3"])
+def test_gradient_checkpointing_reaches_text_encoders_that_train(script, bases, photos, tmp_path):
+    more = ["--train_text_encoder", "--gradient_checkpointing"]
+    _, run = make_run(script, flags(bases[script], photos, tmp_path, *more))
+    encoders = run.student.text_encoders.values()
+    assert encoders
+    assert all(encoder.is_gradient_checkpointing for encoder in encoders)
+
+
+def test_gradient_checkpointing_of_text_encoders_changes_nothing_that_is_trained(sd15, photos, tmp_path):
+    for name, more in (("plain", []), ("checkpointed", ["--gradient_checkpointing"])):
+        train(SCRIPT, flags(sd15, photos, tmp_path / name, "--train_text_encoder", "--lora_dropout=0.2", *more))
+    one, two = lora(tmp_path / "plain"), lora(tmp_path / "checkpointed")
+    assert all(torch.allclose(one[key], two[key], atol=1e-6) for key in one)
+    assert any("text_encoder" in key and tensor.any() for key, tensor in two.items())
