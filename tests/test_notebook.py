@@ -54,7 +54,7 @@ def test_it_shows_what_the_trainer_says_and_no_empty_panel(executed):
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
     printed = "".join(out.get("text", "") for out in outputs)
     assert "python train_sap_lora_sd15.py" in printed
-    assert "teaches little" in printed  # as three steps do
+    assert "Each picture is seen 2.4 times" in printed  # which the trainer warns of
     assert "No LoRA keys associated" not in printed and "Steps:" not in printed
     widths = {w: Image.open(output / f"curves-w{w}.png").width for w in ("0", "0.5")}
     assert widths["0.5"] > 1.8 * widths["0"]  # without an anchor there is no distance to it

@@ -44,6 +44,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 SAMPLING_FILE = Path(__file__).resolve().parents[1] / "sampling" / "beyond_finetuning.py"
+LORA_FILE = "pytorch_lora_weights.safetensors"
 CUSTOM_DIFFUSION_FILE = "pytorch_custom_diffusion_weights.safetensors"
 SOURCES = ("loras", "pipelines", "textual_inversion", "custom_diffusion", "ip_adapter")
 BEYOND = ("switch_step", "concept_weight", "class_weight")
@@ -169,9 +170,13 @@ def weights_of(args: argparse.Namespace, subject: str) -> Path | None:
 
 
 def weight_files(weights: Path) -> list[Path]:
-    """The file itself, or the safetensors files of a folder: a whole pipeline's, or a LoRA's without checkpoints."""
+    """The file itself, or of a folder the LoRA's (not its copy for other programs), or all safetensors files."""
+    if weights.is_file():
+        return [weights]
+    if (weights / LORA_FILE).is_file():
+        return [weights / LORA_FILE]
     pattern = "*/*.safetensors" if (weights / "model_index.json").is_file() else "*.safetensors"
-    return [weights] if weights.is_file() else sorted(weights.glob(pattern))
+    return sorted(weights.glob(pattern))
 
 
 def check_weights(flag: str, weights: Path) -> None:
@@ -281,17 +286,15 @@ def expected(record: logging.LogRecord) -> bool:
 
 def load_lora(pipeline: DiffusionPipeline, weights: Path) -> None:
     """Load a LoRA's file or folder; `ValueError` where it does not fit the base."""
-    keys = []
-    for file in weight_files(weights):
-        with safe_open(file, "pt") as tensors:
-            keys += tensors.keys()
-    options = {"weight_name": weights.name} if weights.is_file() else {}
+    file = weight_files(weights)[0]
+    with safe_open(file, "pt") as tensors:
+        keys = list(tensors.keys())
     logger = logging.getLogger("diffusers.loaders.lora_base")
     trains_text = any("text_encoder" in key or key.startswith("lora_te") for key in keys)
     if not trains_text:
         logger.addFilter(expected)
     try:
-        pipeline.load_lora_weights(str(weights.parent if weights.is_file() else weights), **options)
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
     except (RuntimeError, ValueError, LookupError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
