@@ -72,11 +72,12 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
-from accelerate import Accelerator, DistributedDataParallelKwargs, init_empty_weights
+from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, init_empty_weights
 from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, gather_object, tqdm
 from diffusers import AutoencoderKL, BitsAndBytesConfig
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params, find_nearest_bucket, free_memory, parse_buckets_string
 from diffusers.utils import convert_all_state_dict_to_peft, convert_unet_state_dict_to_peft, make_image_grid
@@ -268,10 +269,6 @@ HUB_TIMEOUT = 60  # seconds without an answer
 NetworkError = HfHubHTTPError.__bases__[0]
 PAPER = "https://arxiv.org/abs/2511.22245"
 LR_SCHEDULERS = [name.value for name in SchedulerType if name != SchedulerType.PIECEWISE_CONSTANT]
-
-
-# What huggingface_hub's HTTP client raises where there is no answer: httpx's or httpx2's, by its version.
-NetworkError = HfHubHTTPError.__bases__[0]
 
 
 class UsageError(ValueError):
@@ -480,10 +477,9 @@ def anchors_of(run: Run, steps: list[MicroStep]) -> list[Tensor | None]:
     if args.anchor_weight == 0:
         return [None] * len(steps)
     inputs = [(step.model_input, step.timesteps, step.anchor_conditioning) for step in steps]
-    with run.accelerator.autocast():
-        return predict_anchors(
-            run.student.denoiser, denoise, inputs, args.anchor_batch_size, args.anchor_source, run.student.adapters
-        )
+    return predict_anchors(
+        run.student.denoiser, denoise, inputs, args.anchor_batch_size, args.anchor_source, run.student.adapters
+    )
 
 
 def loss_terms(step: MicroStep, anchor: Tensor | None, student: nn.Module, args: Namespace) -> dict[str, Tensor]:
@@ -603,6 +599,8 @@ def make_optimizer(run: Run) -> torch.optim.Optimizer:
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, **options)
+    if run.device.type == "cuda" and run.accelerator.scaler is None:  # with which it would not tell of skipped steps
+        options["fused"] = True
     return torch.optim.AdamW(groups, **options)
 
 
@@ -639,7 +637,7 @@ class StepLog:
 class Training:
     """What changes while a run trains."""
 
-    student: nn.Module  # prepared by accelerate: in autocast, under DDP
+    student: nn.Module  # prepared by accelerate: under DDP
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     parts: dict  # what a checkpoint holds: all that has `state_dict` and `load_state_dict`, by name
@@ -689,6 +687,10 @@ def train(run: Run, training: Training) -> int:
                     accelerator.backward(terms["loss"])
                 seen.append(terms)
                 pictures += step.pictures
+                if run.signals.received and accelerator.num_processes == 1:
+                    break
+            if len(seen) < accumulation:  # asked to stop, and no other rank waits for the rest of the step
+                break
             means = {name: torch.stack([terms[name].detach() for terms in seen]).mean() for name in seen[0]}
             update(run, training, means, pictures)
             signal_number = after_update(run, training, progress)
@@ -700,6 +702,8 @@ def train(run: Run, training: Training) -> int:
 
 def seed_dropout(run: Run, micro_step: int) -> None:
     """Key the global generator, which LoRA dropout draws from, to the micro-step."""
+    if run.args.lora_dropout == 0:
+        return
     generator = keyed_generator(run.args.seed, run.accelerator.process_index, micro_step, "dropout")
     torch.manual_seed(generator.initial_seed())
 
@@ -857,10 +861,9 @@ def log_held_out(run: Run, step: int) -> None:
     with evaluating(run.student):
         for number in range(8 * len(held_out)):  # each picture eight times
             item = images[held_out[number % len(held_out)], (run.args.seed, "held out", number)]
-            drawn = draw_micro_step(run, -1 - number, [item])  # outside of autocast, in which a VAE may overflow
+            drawn = draw_micro_step(run, -1 - number, [item])
             (anchor,) = anchors_of(run, [drawn])
-            with run.accelerator.autocast():
-                found.append(loss_terms(drawn, anchor, run.student, run.args))
+            found.append(loss_terms(drawn, anchor, run.student, run.args))
     means = {name: torch.stack([terms[name] for terms in found]).mean().item() for name in found[0]}
     if not math.isfinite(means["loss"]):
         raise not_finite(run, f"the loss on --validation_data_dir at step {step} is {means['loss']}")
@@ -1071,19 +1074,23 @@ class SubjectImages:
         if missing < len(captions):
             stands_in = ", --instance_prompt stands in for the others" if missing else ""
             logger.info(f"Captions: found for {len(captions) - missing} of {len(captions)} pictures{stands_in}")
-        if anchored and args.subject_token is None and len(set(captions) - {None}) > 1:
+        token = args.subject_token
+        if token is None and args.class_prompt_lacks is not None:
+            token = customary_identifier([caption or "" for caption in captions])
+        if token is not None and args.subject_token is None:
+            logger.info(f'Anchors:  the captions without "{token}"; --subject_token to say it better')
+        if anchored and token is None and len(set(captions) - {None}) > 1:
             advice = "which draws out what they add: with --subject_token each has an anchor of its own"
             logger.warning(f'The captions differ and all are anchored to "{args.class_prompt}", {advice}')
         if anchored and args.class_prompt is None and missing:
             raise UsageError(f"--class_prompt is needed for the {missing} pictures without a caption")
         self.captions = [caption or args.instance_prompt for caption in captions]
         self.anchor_captions = [args.class_prompt or ""] * len(captions)
-        if anchored and args.subject_token is not None:
+        if anchored and token is not None:
             for index, caption in enumerate(captions):
-                if caption is not None:
+                if caption is not None and (args.subject_token or token in IDENTIFIER.findall(caption)):
                     with explained("--subject_token"):
-                        anchor = anchor_caption(caption, args.subject_token, args.class_token or "")
-                    self.anchor_captions[index] = anchor
+                        self.anchor_captions[index] = class_caption(caption, token, args.class_token or "")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -1392,6 +1399,8 @@ def load_text_pipeline(args: Namespace, accelerator: Accelerator, images: Subjec
         pipeline = TextPipeline.from_pretrained(base, **parts, **UNUSED_PARTS, **files)
     del parts  # or T5 would live on
     check_tokenizers(pipeline)
+    if pipeline.tokenizer_3 is not None:
+        pipeline.tokenizer_3.model_max_length = args.max_sequence_length
     if not args.offload:
         pipeline.to(accelerator.device)
     prompts = {"", *images.captions, *images.anchor_captions, *args.validation_prompts, args.final_validation_prompt}
@@ -1474,6 +1483,11 @@ def encode_texts(args: Namespace, pipeline: PIPELINE_CLASS, images: SubjectImage
     telling = logging.getLogger(PIPELINE_CLASS.__module__)
     telling.setLevel(logging.NOTSET)
     anchors = images.anchor_captions if args.anchor_weight > 0 else images.captions
+    tokenizers = [part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part]
+    for caption, anchor in zip(images.captions, anchors, strict=True):
+        same = [read(caption, truncation=True) == read(anchor, truncation=True) for read in tokenizers]
+        if all(same) and caption != anchor:
+            raise UsageError(f'to the text encoders "{caption}" is the same as "{anchor}": say the subject earlier')
     prompts = {*images.captions, *anchors}
     if args.caption_dropout > 0:
         prompts.add("")
@@ -1481,10 +1495,6 @@ def encode_texts(args: Namespace, pipeline: PIPELINE_CLASS, images: SubjectImage
     for prompt in tqdm(sorted(prompts), desc="Encoding prompts", leave=False):
         found = encode_prompts(pipeline, [prompt], pipeline.device)
         embeddings[prompt] = {name: tensor.cpu() for name, tensor in found.items()}
-    for caption, anchor in zip(images.captions, anchors, strict=True):
-        same = embeddings[caption]["encoder_hidden_states"].equal(embeddings[anchor]["encoder_hidden_states"])
-        if same and caption != anchor:
-            raise UsageError(f'to the text encoders "{caption}" is the same as "{anchor}": say the subject earlier')
     sampling_inputs = {}
     for prompt in {*args.validation_prompts, args.final_validation_prompt} - {None}:
         found = encode_for_sampling(pipeline, prompt)
@@ -1535,6 +1545,7 @@ def load_denoiser(args: Namespace, accelerator: Accelerator, images: SubjectImag
         for layer in denoiser.modules():
             if isinstance(layer, nn.Linear):
                 layer.register_forward_pre_hook(lambda _, inputs: tuple(one.contiguous() for one in inputs))
+    round_once(denoiser, files["dtype"])
     if args.enable_xformers_memory_efficient_attention:
         denoiser.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
@@ -1546,6 +1557,17 @@ def load_denoiser(args: Namespace, accelerator: Accelerator, images: SubjectImag
             if type(block).__name__ == REPEATED_BLOCK:
                 block.compile(dynamic=len(set(images.windows)) > 1)
     return denoiser
+
+
+def round_once(denoiser: nn.Module, dtype: torch.dtype) -> None:
+    """In half precision have norm and activation in the residual blocks of a UNet rounded once, not one by one."""
+    if dtype == torch.float32:
+        return
+    for block in denoiser.modules():
+        if isinstance(block, ResnetBlock2D):
+            block.norm1.float()  # or autocast would cast them at each call
+            block.norm2.float()
+            block.forward = torch.autocast(denoiser.device.type, dtype)(block.forward)
 
 
 def lora_targets(args: Namespace) -> list[str] | str:
@@ -1575,7 +1597,26 @@ def add_adapters(args: Namespace, modules: dict[str, nn.Module]) -> None:
         with explained(flag):
             module.add_adapter(config)
         cast_training_params(module, torch.float32)
+        if not args.use_dora:  # peft does that in float32
+            compute_as_base(module)
         module.train()
+
+
+def compute_as_base(module: nn.Module) -> None:
+    """Have linear LoRA layers, whose weights are float32, compute in the precision of the base around them.
+
+    peft would cast their inputs, which are larger than their weights, and keep these for the backward pass.
+    """
+
+    def forward(layer: nn.Linear, inputs: Tensor) -> Tensor:
+        return nn.functional.linear(inputs, layer.weight.to(inputs.dtype))
+
+    for adapter in adapter_layers(module):
+        layers = [adapter.lora_A["default"], adapter.lora_B["default"]]
+        if all(isinstance(layer, nn.Linear) for layer in layers):
+            adapter.cast_input_dtype_enabled = False
+            for layer in layers:
+                layer.forward = functools.partial(forward, layer)
 
 
 def load_init_lora(args: Namespace, modules: dict[str, nn.Module]) -> None:
@@ -1635,6 +1676,10 @@ def prepare(args: Namespace, accelerator: Accelerator, images: SubjectImages, **
     denoiser = load_denoiser(args, accelerator, images)
     modules = {DENOISER: denoiser, **encoders}
     add_adapters(args, modules)
+    if args.gradient_checkpointing:
+        for encoder in encoders.values():  # by its new name, or that of older transformers
+            enable = getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
     if args.init_lora is not None:
         load_init_lora(args, modules)
     student = Student(denoiser, pipeline)
@@ -1951,13 +1996,10 @@ def fingerprint(source: Path | Image.Image) -> str:
     return digest.hexdigest()
 
 
-# What may change when a run is resumed, beside the flags that are `Free`: what follows from those.
-FREE_ON_RESUME = ("steps_per_epoch", "validation_prompts", "class_prompt_lacks")
-
-
 def describe_run(args: Namespace, accelerator: Accelerator, images: SubjectImages) -> dict:
     """What the result of a run depends on, as JSON has it: flags, models (local ones by their files), pictures."""
-    free = {*FREE_ON_RESUME, *(flag.name[2:] for flag in KNOWN_FLAGS if isinstance(flag, Free))}
+    free = {"steps_per_epoch", "validation_prompts", "class_prompt_lacks"}
+    free |= {flag.name[2:] for flag in KNOWN_FLAGS if isinstance(flag, Free)}
     record = {f"--{name}": found for name, found in vars(args).items() if name not in free}
     record["--mixed_precision"] = accelerator.mixed_precision
     record["--num_processes"] = accelerator.num_processes
@@ -2019,7 +2061,7 @@ def sample_images(run: Run, prompt: str, **sampling: float) -> list[Image.Image]
     if args.validation_guidance_scale is not None:
         options["guidance_scale"] = args.validation_guidance_scale
     latents = []
-    with evaluating(student), run.accelerator.autocast():
+    with evaluating(student):
         if student.text_pipeline is not None:
             inputs = encode_for_sampling(student.text_pipeline, prompt)
         inputs = {name: tensor.to(run.device) for name, tensor in inputs.items()}
@@ -2660,7 +2702,11 @@ def start_accelerator(args: Namespace) -> Accelerator:
             project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / args.logging_dir)),
             dynamo_backend="no",  # only --compile compiles: `accelerate launch` always names a backend
             # SDXL reads its text encoders' last layer but one: the LoRA of the first one's last gets no gradient.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder),
+                # The base is loaded in the run's precision: autocast would only cast its norms' weights at every call.
+                AutocastKwargs(enabled=False),
+            ],
         )
     kind = accelerator.distributed_type.value
     if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):  # half-precision LoRA; anchors past the wrapper that gathers
@@ -2784,17 +2830,17 @@ def settle_run(args: Namespace, accelerator: Accelerator, images: SubjectImages)
 
 def check_resumed(args: Namespace, checkpoint: Path | None, state: dict, record: dict) -> None:
     """Raise `UsageError` if the run that `record` describes cannot go on from the checkpoint."""
-    flag = f"--resume_from_checkpoint {checkpoint}"
+    flag = "--resume_from_checkpoint"
     if checkpoint is None:
         if args.resume_from_checkpoint == "latest":
-            logger.info(f"--resume_from_checkpoint latest: {args.output_dir} holds no checkpoint, the run starts at 0")
+            logger.info(f"{flag} latest: {args.output_dir} holds no checkpoint of this script: a new run")
         return
     if state["global_step"] > args.max_train_steps:
-        raise UsageError(f"{flag} is beyond --max_train_steps {args.max_train_steps}")
+        raise UsageError(f"{flag} {checkpoint} is beyond --max_train_steps {args.max_train_steps}")
     changed = differences(state["run"], record)
     if changed:
         advice = "go on with what was, or start a new run in another --output_dir"
-        raise UsageError(f"{flag} is of another run: {changed}; {advice}")
+        raise UsageError(f"{flag} {checkpoint} is of another run: {changed}; {advice}")
 
 
 def run_stages(args: Namespace, accelerator: Accelerator, signals: StopRequests) -> None:
@@ -2818,24 +2864,24 @@ def run_stages(args: Namespace, accelerator: Accelerator, signals: StopRequests)
         raise UsageError(
             f"--output_dir {output_dir}: not all nodes find the same checkpoints there; they must share it"
         )
-    done = finished and finished["global_step"] >= args.max_train_steps and not differences(finished["run"], record)
-    if done and "README.md" in finished["files"]:
-        if args.push_to_hub and accelerator.is_main_process:
-            upload(args, make_repository(args))
+    repo_id = None
+    if args.push_to_hub and accelerator.is_main_process:
+        repo_id = make_repository(args)
+    done = finished and finished["global_step"] >= args.max_train_steps and "README.md" in finished["files"]
+    if done and not differences(finished["run"], record):
         logger.info(f"{output_dir} holds the finished run of {finished['global_step']} steps: nothing is left")
+        if repo_id is not None:
+            upload(args, repo_id)
         return
     check_resumed(args, checkpoint, state, record)
-    repo_id = None
+    start = state.get("global_step", 0)
     if accelerator.is_main_process:
-        if args.push_to_hub:
-            repo_id = make_repository(args)
-        set_aside(output_dir, checkpoint, state.get("global_step", 0))
-        cut_metrics(output_dir, state.get("global_step", 0))
+        set_aside(output_dir, checkpoint, start)
+        cut_metrics(output_dir, start)
     start_trackers(args, accelerator)
 
     run = prepare(args, accelerator, images, scheduler=scheduler, record=record, signals=signals)
     announce(run)
-    start = state.get("global_step", 0)
     training = start_training(run, checkpoint, start)
     if training.step >= args.max_train_steps:
         logger.info(f"{checkpoint} already has {start} of {args.max_train_steps} steps: nothing is left to train")
