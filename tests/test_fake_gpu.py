@@ -260,8 +260,10 @@ def test_full_size_trains_in_known_memory(fake_gpus):
 # 20 unseen. fp16 and trained text encoders are counted for the smallest base; the tiny ones above do for the others.
 LAUNCHES = {
     "sd15 --mixed_precision=bf16": (3569, 3318, 3542),
-    "sdxl --mixed_precision=bf16": (11533, 11451, 11955),
-    "sd3 --mixed_precision=bf16": (5070, 4890, 5212),
+    "sdxl --mixed_precision=bf16": (11533, 11451, 11956),
+    "sd3 --mixed_precision=bf16": (5070, 4900, 5224),
+    "sd15 --mixed_precision=fp16": (4284, 3336, 3560),
+    "sd15 --mixed_precision=bf16 --train_text_encoder": (4823, 4502, 4726),
 }
 
 
