@@ -68,11 +68,12 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
-from accelerate import Accelerator, DistributedDataParallelKwargs, init_empty_weights
+from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, init_empty_weights
 from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list, gather_object, tqdm
 from diffusers import AutoencoderKL, BitsAndBytesConfig
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params, find_nearest_bucket, free_memory, parse_buckets_string
 from diffusers.utils import convert_all_state_dict_to_peft, convert_unet_state_dict_to_peft, make_image_grid
@@ -476,10 +477,9 @@ def anchors_of(run: Run, steps: list[MicroStep]) -> list[Tensor | None]:
     if args.anchor_weight == 0:
         return [None] * len(steps)
     inputs = [(step.model_input, step.timesteps, step.anchor_conditioning) for step in steps]
-    with run.accelerator.autocast():
-        return predict_anchors(
-            run.student.denoiser, denoise, inputs, args.anchor_batch_size, args.anchor_source, run.student.adapters
-        )
+    return predict_anchors(
+        run.student.denoiser, denoise, inputs, args.anchor_batch_size, args.anchor_source, run.student.adapters
+    )
 
 
 def loss_terms(step: MicroStep, anchor: Tensor | None, student: nn.Module, args: Namespace) -> dict[str, Tensor]:
@@ -599,6 +599,8 @@ def make_optimizer(run: Run) -> torch.optim.Optimizer:
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, **options)
+    if run.device.type == "cuda" and run.accelerator.scaler is None:  # with which it would not tell of skipped steps
+        options["fused"] = True
     return torch.optim.AdamW(groups, **options)
 
 
@@ -635,7 +637,7 @@ class StepLog:
 class Training:
     """What changes while a run trains."""
 
-    student: nn.Module  # prepared by accelerate: in autocast, under DDP
+    student: nn.Module  # prepared by accelerate: under DDP
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     parts: dict  # what a checkpoint holds: all that has `state_dict` and `load_state_dict`, by name
@@ -700,6 +702,8 @@ def train(run: Run, training: Training) -> int:
 
 def seed_dropout(run: Run, micro_step: int) -> None:
     """Key the global generator, which LoRA dropout draws from, to the micro-step."""
+    if run.args.lora_dropout == 0:
+        return
     generator = keyed_generator(run.args.seed, run.accelerator.process_index, micro_step, "dropout")
     torch.manual_seed(generator.initial_seed())
 
@@ -857,10 +861,9 @@ def log_held_out(run: Run, step: int) -> None:
     with evaluating(run.student):
         for number in range(8 * len(held_out)):  # each picture eight times
             item = images[held_out[number % len(held_out)], (run.args.seed, "held out", number)]
-            drawn = draw_micro_step(run, -1 - number, [item])  # outside of autocast, in which a VAE may overflow
+            drawn = draw_micro_step(run, -1 - number, [item])
             (anchor,) = anchors_of(run, [drawn])
-            with run.accelerator.autocast():
-                found.append(loss_terms(drawn, anchor, run.student, run.args))
+            found.append(loss_terms(drawn, anchor, run.student, run.args))
     means = {name: torch.stack([terms[name] for terms in found]).mean().item() for name in found[0]}
     if not math.isfinite(means["loss"]):
         raise not_finite(run, f"the loss on --validation_data_dir at step {step} is {means['loss']}")
@@ -1489,6 +1492,7 @@ def load_denoiser(args: Namespace, accelerator: Accelerator, images: SubjectImag
         for layer in denoiser.modules():
             if isinstance(layer, nn.Linear):
                 layer.register_forward_pre_hook(lambda _, inputs: tuple(one.contiguous() for one in inputs))
+    round_once(denoiser, files["dtype"])
     if args.enable_xformers_memory_efficient_attention:
         denoiser.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
@@ -1500,6 +1504,17 @@ def load_denoiser(args: Namespace, accelerator: Accelerator, images: SubjectImag
             if type(block).__name__ == REPEATED_BLOCK:
                 block.compile(dynamic=len(set(images.windows)) > 1)
     return denoiser
+
+
+def round_once(denoiser: nn.Module, dtype: torch.dtype) -> None:
+    """In half precision have norm and activation in the residual blocks of a UNet rounded once, not one by one."""
+    if dtype == torch.float32:
+        return
+    for block in denoiser.modules():
+        if isinstance(block, ResnetBlock2D):
+            block.norm1.float()  # or autocast would cast them at each call
+            block.norm2.float()
+            block.forward = torch.autocast(denoiser.device.type, dtype)(block.forward)
 
 
 def lora_targets(args: Namespace) -> list[str]:
@@ -1525,7 +1540,26 @@ def add_adapters(args: Namespace, modules: dict[str, nn.Module]) -> None:
         with explained(flag):
             module.add_adapter(config)
         cast_training_params(module, torch.float32)
+        if not args.use_dora:  # peft does that in float32
+            compute_as_base(module)
         module.train()
+
+
+def compute_as_base(module: nn.Module) -> None:
+    """Have linear LoRA layers, whose weights are float32, compute in the precision of the base around them.
+
+    peft would cast their inputs, which are larger than their weights, and keep these for the backward pass.
+    """
+
+    def forward(layer: nn.Linear, inputs: Tensor) -> Tensor:
+        return nn.functional.linear(inputs, layer.weight.to(inputs.dtype))
+
+    for adapter in adapter_layers(module):
+        layers = [adapter.lora_A["default"], adapter.lora_B["default"]]
+        if all(isinstance(layer, nn.Linear) for layer in layers):
+            adapter.cast_input_dtype_enabled = False
+            for layer in layers:
+                layer.forward = functools.partial(forward, layer)
 
 
 def load_init_lora(args: Namespace, modules: dict[str, nn.Module]) -> None:
@@ -2033,7 +2067,7 @@ def sample_images(run: Run, prompt: str, **sampling: float) -> list[Image.Image]
     if args.validation_guidance_scale is not None:
         options["guidance_scale"] = args.validation_guidance_scale
     latents = []
-    with evaluating(student), run.accelerator.autocast():
+    with evaluating(student):
         if student.text_pipeline is not None:
             inputs = encode_for_sampling(student.text_pipeline, prompt)
         inputs = {name: tensor.to(run.device) for name, tensor in inputs.items()}
@@ -2670,7 +2704,11 @@ def start_accelerator(args: Namespace) -> Accelerator:
             project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / args.logging_dir)),
             dynamo_backend="no",  # only --compile compiles: `accelerate launch` always names a backend
             # SDXL reads its text encoders' last layer but one: the LoRA of the first one's last gets no gradient.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder),
+                # The base is loaded in the run's precision: autocast would only cast its norms' weights at every call.
+                AutocastKwargs(enabled=False),
+            ],
         )
     kind = accelerator.distributed_type.value
     if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):  # half-precision LoRA; anchors past the wrapper that gathers

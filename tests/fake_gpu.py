@@ -18,12 +18,19 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+import diffusers
 import torch
 import transformers
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers.training_utils import cast_training_params
 from memory import LiveBytes, flash_attention
-from torch._subclasses.fake_tensor import FakeTensorMode
+from peft import LoraConfig
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.optim import optimizer as optimizers
+from torch.utils import _foreach_utils as foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 aten = torch.ops.aten
@@ -32,6 +39,12 @@ COPIES, INDEXED = (aten._to_copy, aten.copy_), (aten.index, aten.index_put, aten
 READS = (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default)
 # Their results have as many elements as the numbers say.
 COUNTED = (aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.repeat_interleave.Tensor)
+# What makes a tensor without starting a kernel, beside views.
+FREE = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten._unsafe_view)
+FREE += (aten.detach, aten.lift_fresh, aten.is_pinned, aten._pin_memory, torch.ops.prim.device)
+# A CPU build takes this apart into seven operations, unless it has a kernel for CUDA; it is never called.
+KERNELS = torch.library.Library("aten", "IMPL", "CUDA")
+KERNELS.impl("silu_backward", lambda gradient, inputs: gradient)
 
 
 class Traffic(TorchDispatchMode):
@@ -79,10 +92,36 @@ class Traffic(TorchDispatchMode):
         return result
 
 
+class Launches(TorchDispatchMode):
+    """Counts the operations that start kernels on the GPU, and those among them that only change a dtype.
+
+    One operation counts once, though some (a convolution's backward, what works on a list of tensors) start two or
+    three. Views and allocations start none.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+        self.casts = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        views = any(value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns)
+        if views or func.overloadpacket in FREE:
+            return result
+        if any(isinstance(one, torch.Tensor) and one.device.type == "cuda" for one in tree_leaves((args, result))):
+            self.total += 1
+            self.casts += func is aten._to_copy.default and args[0].dtype != result.dtype
+        return result
+
+
 def pretend() -> None:
     """Answer what torch and accelerate ask the driver."""
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda *_, **__: True
+    # What goes over lists of tensors does so with these too.
+    optimizers._foreach_supported_types.append(FakeTensor)
+    foreach_utils._foreach_supported_types.append(FakeTensor)
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
     PartialState()
@@ -155,17 +194,123 @@ def report(script: str, arguments: list[str], memory: bool = False) -> dict:
         places = {name: [(one.dtype, one.device) for one in found] for name, found in places.items()}
     kinds = {name: sorted({f"{dtype} {device}" for dtype, device in found})
              for name, found in (places | {"gradients": gradients}).items()}  # fmt: skip
-    return {"traffic": traffic.seen, "peaks": peaks, **kinds}
+    fused = training.optimizer.optimizer.param_groups[0].get("fused") is True
+    return {"traffic": traffic.seen, "peaks": peaks, "fused": fused, **kinds}
+
+
+class EnoughError(Exception):
+    """Two steps are counted."""
+
+
+def launches(script: str, arguments: list[str]) -> dict:
+    """What one optimizer step of a script starts, its share of a group's anchors included: [all, casts of these].
+
+    The first step draws a group and computes its anchors, and counts as if the optimizer had its state already; the
+    second one is like all that are left of the group.
+    """
+    sap = importlib.import_module(script)
+    sap.load_part, torch.nn.Module._apply = load_part, convert
+    torch.nn.functional.scaled_dot_product_attention = flash_attention
+    args = sap.parse_args(arguments)
+    args.steps_per_epoch = 1
+    pretend()
+    accelerator = sap.start_accelerator(args)
+    images, scheduler = sap.SubjectImages(args), sap.training_scheduler(args)
+    counted, before, after = Launches(), [], []
+
+    def count(*_) -> None:
+        after.append((counted.total, counted.casts))
+        if len(after) == 2:
+            raise EnoughError
+
+    with FakeTensorMode(allow_non_fake_inputs=True), Traffic():
+        run = sap.prepare(args, accelerator, images, scheduler=scheduler, record={}, signals=sap.StopRequests())
+        training = sap.start_training(run, None, 0)
+        optimizer = training.optimizer.optimizer
+        optimizer.register_step_pre_hook(lambda *_: before.append(counted.total))
+        optimizer.register_step_post_hook(count)
+        with counted, contextlib.suppress(EnoughError):
+            sap.train(run, training)
+    (first, first_casts), (both, both_casts) = after
+    state = (first - before[0]) - (both - before[1])
+    group = args.max_train_steps
+    found = [first - state + (group - 1) * (both - first), first_casts + (group - 1) * (both_casts - first_casts)]
+    return {"launches": [number / group for number in found]}
+
+
+def original_launches(script: str, arguments: list[str]) -> dict:
+    """What a step of the script's original starts, counted in the same way: the same models, without an anchor.
+
+    Written down here is what diffusers' script does with them at each step: a picture goes through the VAE, the models
+    run in autocast, a LoRA is in half precision in bf16 and in float32 in fp16; prompts are encoded once unless their
+    encoders train, and then T5 reads them too. The few operations that draw and noise are the fewest that can do it.
+    """
+    sap = importlib.import_module(script)
+    sap.load_part, torch.nn.Module._apply = load_part, convert
+    torch.nn.functional.scaled_dot_product_attention = flash_attention
+    args = sap.parse_args(arguments)
+    pretend()
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    half = torch.float16 if args.mixed_precision == "fp16" else torch.bfloat16
+    source, prompts = args.pretrained_model_name_or_path, [args.instance_prompt]
+    counted = Launches()
+    with FakeTensorMode(allow_non_fake_inputs=True), Traffic():
+        vae = load_part(diffusers.AutoencoderKL, "", source, "vae", half).to(GPU)
+        parts = {}
+        for name, entry in sap.PIPELINE_CLASS.load_config(source).items():
+            if name.startswith("text_encoder"):
+                parts[name] = load_part(getattr(transformers, entry[1]), "", source, name, half)
+        options = dict.fromkeys((sap.DENOISER, "vae")) | sap.UNUSED_PARTS
+        pipeline = sap.PIPELINE_CLASS.from_pretrained(source, **parts, **options).to(GPU)
+        denoiser = load_part(sap.DENOISER_CLASS, "", source, sap.DENOISER, half).to(GPU)
+        adapted = {sap.DENOISER: (denoiser, sap.DENOISER_TARGETS)}
+        if args.train_text_encoder:
+            for name in sap.TRAINABLE_TEXT_ENCODERS:
+                adapted[name] = (getattr(pipeline, name), sap.TEXT_ENCODER_TARGETS)
+        parameters = []
+        for module, targets in adapted.values():
+            module.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=targets))
+            cast_training_params(module, torch.float32 if half == torch.float16 else half)
+            parameters += [parameter for parameter in module.parameters() if parameter.requires_grad]
+            module.train()
+        optimizer = accelerator.prepare(torch.optim.AdamW(parameters))
+        edge = args.resolution
+        pixels = torch.empty(1, 3, edge, edge, device=GPU, dtype=half)
+        conditioning = sap.encode_prompts(pipeline, prompts, GPU)
+        more = {}
+        if "text_embeds" in conditioning:
+            more = {"time_ids": torch.empty(1, 6, device=GPU)}
+        for _ in range(2):  # the first step makes the optimizer's state
+            before = counted.total, counted.casts
+            with counted:
+                with torch.no_grad():
+                    latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
+                noise = torch.randn_like(latents)
+                timesteps = torch.randint(1000, (1,), device=GPU)
+                model_input = latents + 0.5 * (noise - latents)
+                with accelerator.autocast():
+                    if args.train_text_encoder:
+                        conditioning = sap.encode_prompts(pipeline, prompts, GPU)
+                    prediction = sap.denoise(denoiser, model_input, timesteps, conditioning | more)
+                loss = torch.nn.functional.mse_loss(prediction.float(), noise.float())
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+    return {"launches": [counted.total - before[0], counted.casts - before[1]]}
 
 
 def main(cases: Path) -> None:
-    """Write the report of each case beside them, or a log of what went wrong; each has a fork of this process."""
-    for name, case in json.loads(cases.read_text()).items():
+    """Write what each case asks for beside them, or a log of what went wrong; each has a fork of this process.
+
+    A case is the name of a function above, and its arguments.
+    """
+    for name, (function, *case) in json.loads(cases.read_text()).items():
         pid = os.fork()
         if pid == 0:
             log = cases.with_name(f"{name}.log").open("w")
             os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
-            cases.with_name(f"{name}.json").write_text(json.dumps(report(*case)))
+            cases.with_name(f"{name}.json").write_text(json.dumps(globals()[function](*case)))
             os._exit(0)
         os.waitpid(pid, 0)
 

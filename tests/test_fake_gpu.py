@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ CASES = {
 NAMED = {f"{base}-{name}": (base, flags) for name, (bases, flags) in CASES.items() for base in bases}
 # Posterior, its noise, noise, timesteps, embeddings of two prompts; pooled ones and SDXL's time ids or SD3's sigmas.
 COPIES = {"sd15": 6, "sdxl": 9, "sd3": 9}
-LOG, SCHEDULE = "reading a number in log_steps", "blocking copy from cpu to cuda in diffuse"
+READ, WAIT = "reading a number", "blocking copy from cpu to cuda"
 BUCKETS = "--train_batch_size=2 --aspect_ratio_buckets=64,64;64,96 --mask_dir={}"
 
 
@@ -61,15 +62,21 @@ def build(library: Path) -> None:
     subprocess.run(command, check=True)
 
 
-def arguments(name: str, folder: Path) -> tuple[str, list[str]]:
-    """Script and flags of one case: two micro-steps, whose losses are fetched once."""
-    base, flags = NAMED[name]
-    script, save, options = BASES[base]
+def saved(base: str, folder: Path) -> Path:
+    """The folder of a tiny base, which is made when it is first asked for."""
+    _, save, options = BASES[base]
     if not (folder / base).exists():
         save(folder / base, **options)
+    return folder / base
+
+
+def arguments(name: str, folder: Path) -> tuple[str, str, list[str]]:
+    """What is reported of one case, its script and flags: two micro-steps, whose losses are fetched once."""
+    base, flags = NAMED[name]
+    script, *_ = BASES[base]
     flags = flags.replace("BUCKETS", BUCKETS.format(folder / "masks")).split()
-    common = runner.flags(folder / base, folder / "photos", folder / "output", "--logging_steps=2", *flags)
-    return script, runner.without(common, *["--center_crop"] * name.endswith("crops"))
+    common = runner.flags(saved(base, folder), folder / "photos", folder / "output", "--logging_steps=2", *flags)
+    return "report", script, runner.without(common, *["--center_crop"] * name.endswith("crops"))
 
 
 def run_cases(folder: Path, cases: dict) -> dict[str, dict | str]:
@@ -112,8 +119,12 @@ def reports(fake_gpus) -> dict[str, dict | str]:
 
 
 def waits(report: dict) -> dict[str, int]:
-    """All that a training waits for."""
-    return {what: count for what, count in report["traffic"].items() if not what.startswith("free copy")}
+    """All that a training waits for, wherever in a script that is."""
+    found = Counter()
+    for what, count in report["traffic"].items():
+        if not what.startswith("free copy"):
+            found[what.partition(" in ")[0]] += count
+    return dict(found)
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -128,63 +139,119 @@ def test_everything_is_on_the_device_and_what_trains_is_float32(name, reports):
 @pytest.mark.parametrize("name", [name for name in NAMED if "crops" not in name])
 def test_a_training_waits_for_its_log_alone(name, reports):
     (base, flags), expected = NAMED[name], {}
-    expected[LOG] = 2 if "no_anchor" in name else 6  # of two steps three terms
+    expected[READ] = 2 if "no_anchor" in name else 6  # of two steps three terms
     if "fp16" in flags:
-        expected["reading a number in update"] = 2  # GradScaler asks at each optimizer step whether it may be done
-    if "--train_text_encoder" in flags:  # the pipeline's copy of the tokens, of two steps
-        expected["blocking copy from cpu to cuda in encode_prompts"] = 2 if base == "sd15" else 4
+        expected[READ] += 2  # GradScaler asks at each optimizer step whether it may be done
+    copied = 0
     if not base.startswith("sd3") and "edm" not in name and base != "playground":
-        expected[SCHEDULE] = 1  # of the noise schedule, which stays
+        copied += 1  # of the noise schedule, which stays
+    if "--train_text_encoder" in flags:  # the pipeline's copy of the tokens, of two steps
+        copied += 2 if base == "sd15" else 4
+    if copied:
+        expected[WAIT] = copied
     assert waits(reports[name]) == expected
 
 
 @pytest.mark.parametrize("base", ANY)
 def test_what_a_micro_step_copies(base, reports):
     found = reports[f"{base}-plain"]["traffic"]
-    assert {what: count for what, count in found.items() if what.startswith("free")} == {
-        "free copy from cpu to cuda in to_device": 2 * COPIES[base]
-    }
+    assert sum(count for what, count in found.items() if what.startswith("free")) == 2 * COPIES[base]
 
 
 def test_offloading_with_random_crops_moves_the_vae_once_for_a_group(reports, fake_gpus):
     with safe_open(fake_gpus / "tiny" / "sd3" / "vae" / "diffusion_pytorch_model.safetensors", "pt") as file:
         weights = len(file.keys())
-    found = waits(reports["sd3-crops"])
-    assert found.pop(LOG) == 6
-    assert found == {
-        "blocking copy from cpu to cuda in draw_latents": weights,
-        "blocking copy from cuda to cpu in micro_steps": weights,
-    }
+    assert waits(reports["sd3-crops"]) == {READ: 6, WAIT: weights, "blocking copy from cuda to cpu": weights}
+
+
+@pytest.mark.parametrize(("name", "fused"), [("sd15-plain", True), ("sd15-encoders", True), ("sd15-half", False)])
+def test_adamw_is_one_kernel_unless_a_scaler_must_know_what_it_skipped(name, fused, reports):
+    assert reports[name]["fused"] is fused
+
+
+# ---- Kernels that a step starts ----
+
+COUNTED = ["original_launches", "launches --anchor_weight=0", "launches"]
+
+
+def counting(what: str, base: str, folder: Path, *more: str) -> tuple[str, str, list[str]]:
+    """One case: the launches of a step of the original, of ours without an anchor, or with its share of four."""
+    function, *plain = what.split()
+    steps = 2 if plain else 4
+    flags = runner.flags(folder / base, folder / "photos", folder / "output", *plain, *more, steps=steps)
+    return function, BASES[base][0], flags
+
+
+@pytest.fixture(scope="session")
+def launches(fake_gpus) -> dict[str, dict | str]:
+    """The launches on tiny models, of one process."""
+    folder, found = fake_gpus / "launches", fake_gpus / "launches.json"
+    with FileLock(fake_gpus / "launches.lock"):
+        if not found.exists():
+            tiny_pipelines.save_photos(folder / "photos", count=2)
+            cases = {}
+            for base in ANY:
+                saved(base, folder)
+                for precision in ("bf16", "fp16"):
+                    for what in COUNTED:
+                        case = counting(what, base, folder, f"--mixed_precision={precision}")
+                        cases[f"{base} {precision} {what}"] = case
+            found.write_text(json.dumps(run_cases(folder, cases)))
+    return json.loads(found.read_text())
+
+
+def assert_few(found: dict[str, dict | str], row: str, plain_limit: float, limit: float) -> list[int]:
+    """That a step starts no more kernels than so many of the original's, whose numbers it returns, and its own."""
+    reports = [found[f"{row} {what}"] for what in COUNTED]
+    for report in reports:
+        assert isinstance(report, dict), report
+    original, plain, anchored = (report["launches"][0] for report in reports)
+    assert plain <= plain_limit * original, row
+    assert anchored <= limit * original, row
+    return [round(original), round(plain), round(anchored)]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("base", ANY)
+def test_a_step_starts_no_more_kernels_than_the_originals(base, precision, launches):
+    assert_few(launches, f"{base} {precision}", 1.0, 1.05)
 
 
 # GB that stages need at the most: prompts, pictures, training, and that with checkpointing.
 PEAKS = {"sd15": (0.25, 1.01, 2.90, 2.01), "sdxl": (1.64, 3.03, 13.08, 6.25), "sd3": (11.44, 3.03, 9.36, 4.92)}
 
 
+def full_size(folder: Path) -> list[str]:
+    """The bases with the configurations of the public ones, and tokenizers that are small; returns their names."""
+    if not (folder / "photos").exists():
+        tiny_pipelines.save_photos(folder / "photos", count=2)
+        for base in ANY:
+            for part, sizes in models.PARTS[base].items():
+                path = saved(base, folder) / part / "config.json"
+                kept = ("_class_name", "architectures", "model_type")
+                config = {key: one for key, one in json.loads(path.read_text()).items() if key in kept}
+                path.write_text(json.dumps(config | sizes))
+    return ANY
+
+
+def resolution(base: str) -> str:
+    return f"--resolution={models.BACKBONES[base, 'full'].resolution}"
+
+
 @pytest.mark.slow
 def test_full_size_trains_in_known_memory(fake_gpus):
     """Prints the table of memory of the READMEs: `pytest -s`."""
     folder, cases, flags = fake_gpus / "full", {}, "--mixed_precision bf16"
-    tiny_pipelines.save_photos(folder / "photos", count=2)
-    for base in ANY:
-        script, save, _ = BASES[base]
-        save(folder / base)
-        for part, sizes in models.PARTS[base].items():
-            path = folder / base / part / "config.json"
-            kept = ("_class_name", "architectures", "model_type")
-            config = {key: one for key, one in json.loads(path.read_text()).items() if key in kept}
-            path.write_text(json.dumps(config | sizes))
-        resolution = f"--resolution={models.BACKBONES[base, 'full'].resolution}"
-        common = runner.flags(folder / base, folder / "photos", folder / "output", *flags.split(), resolution, steps=4)
-        cases |= {base: (script, common, True), f"{base}-less": (script, [*common, "--gradient_checkpointing"], True)}
+    for base in full_size(folder):
+        more = [*flags.split(), resolution(base)]
+        common = runner.flags(folder / base, folder / "photos", folder / "output", *more, steps=4)
+        cases[base] = ("report", BASES[base][0], common, True)
+        cases[f"{base}-less"] = ("report", BASES[base][0], [*common, "--gradient_checkpointing"], True)
     reports, rows = run_cases(folder, cases), []
     for base in ANY:
         assert isinstance(reports[base], dict), reports[base]
         assert isinstance(reports[f"{base}-less"], dict), reports[f"{base}-less"]
-        assert set(waits(reports[base])) <= {
-            "reading a number in log_steps",
-            "blocking copy from cpu to cuda in diffuse",
-        }
+        assert set(waits(reports[base])) <= {READ, WAIT}
         most, less = reports[base]["peaks"], reports[f"{base}-less"]["peaks"]
         found = [most["load_text_pipeline"], most["encode_images"], most["train"], less["train"]]
         assert [one / 1e9 for one in found] == pytest.approx(PEAKS[base], rel=0.02)
@@ -192,6 +259,35 @@ def test_full_size_trains_in_known_memory(fake_gpus):
         rows += [(base, flags, most), (base, f"{flags} --gradient_checkpointing", less)]
         rows.append((base, f"{rows[-1][1]} --bnb_quantization_config_path nf4.json", less | four))
     print(memory.memory_table(rows))
+
+
+# Launches of a step at full size: the original's, ours at w = 0, ours with anchors of four. None may grow by more than
+# 20 unseen. fp16 and trained text encoders are counted for the smallest base; the tiny ones above do for the others.
+LAUNCHES = {
+    "sd15 --mixed_precision=bf16": (3569, 3318, 3542),
+    "sdxl --mixed_precision=bf16": (11533, 11451, 11956),
+    "sd3 --mixed_precision=bf16": (5070, 4900, 5224),
+    "sd15 --mixed_precision=fp16": (4284, 3336, 3560),
+    "sd15 --mixed_precision=bf16 --train_text_encoder": (4823, 4502, 4726),
+}
+
+
+@pytest.mark.slow
+def test_full_size_starts_a_known_number_of_kernels(fake_gpus):
+    """Prints the table of launches of the README: `pytest -s`."""
+    folder, cases = fake_gpus / "full", {}
+    full_size(folder)
+    for row in LAUNCHES:
+        base, *flags = row.split()
+        for what in COUNTED:
+            cases[f"{row} {what}"] = counting(what, base, folder, resolution(base), *flags)
+    found = run_cases(folder, cases)
+    print("| | original | w = 0 | anchors of 4 |\n|---|---|---|---|")
+    for row, expected in LAUNCHES.items():
+        encoders = "--train_text_encoder" in row
+        numbers = assert_few(found, row, 1.05 if encoders else 1.0, 1.1 if encoders else 1.05)
+        print(f"| {row} | {' | '.join(f'{number:,}' for number in numbers)} |")
+        assert numbers == pytest.approx(expected, abs=20), row
 
 
 # ---- What a CPU shows without a fake GPU ----

@@ -7,8 +7,9 @@
 
 Nothing is downloaded. `tiny` trains the pipelines of `examples/tiny_world` with each flag and compares losses and LoRA
 with a CPU in float32, whose random numbers are the same. `full` trains random weights at the public sizes, `speed` is
-`bench.py`. Each check is a process of its own, so that none can harm another. Without a GPU the same checks run, with
-models that are small throughout, but for those that need CUDA.
+`bench.py`, and `launches` (kernels, compilation, CUDA graphs) is `launches.py`. Each check is a process of its own, so
+that none can harm another. Without a GPU the same checks run, with models that are small throughout, but for those
+that need CUDA.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bench
+import launches
 import torch
 from models import BACKBONES
 from safetensors.torch import load_file
@@ -54,8 +56,9 @@ TINY = {
     "text encoders": ("--train_text_encoder", "CPU, encoders", 1e-3, 0.99, ""),
     "text encoders, fp16": ("--train_text_encoder --mixed_precision=fp16", "CPU, encoders", 0.05, 0.8, CUDA),
     "8-bit Adam": ("--use_8bit_adam", "CPU", 1e-2, 0.95, BITSANDBYTES),
-    "4-bit base": ("--bnb_quantization_config_path=load_in_4bit", "CPU", 0.5, 0.3, BITSANDBYTES),
-    "8-bit base": ("--bnb_quantization_config_path=load_in_8bit", "CPU", 0.2, 0.5, BITSANDBYTES),
+    # On an H200 a base in 4 bits was at worst .18 and .85 from float32, one in 8 bits .01 and .99 where it was right.
+    "4-bit base": ("--bnb_quantization_config_path=load_in_4bit", "CPU", 0.25, 0.8, BITSANDBYTES),
+    "8-bit base": ("--bnb_quantization_config_path=load_in_8bit", "CPU", 0.05, 0.95, BITSANDBYTES),
     "compiled": ("--compile", "CPU", 1e-2, 0.95, CUDA),
     "xformers": ("--enable_xformers_memory_efficient_attention", "CPU", 1e-2, 0.95, "needs CUDA and xformers"),
 }
@@ -68,6 +71,9 @@ FULL = {
     "sd3": [CHECKPOINTED, f"{CHECKPOINTED} --bnb_quantization_config_path=load_in_4bit",
             f"{CHECKPOINTED} --bnb_quantization_config_path=load_in_8bit", "--mixed_precision=bf16 --compile"],
 }  # fmt: skip
+
+PARTS = ["tiny", "full", "speed", "launches"]
+LAUNCHES = {"compared": "", "compiled": CUDA, "graphed": CUDA}  # functions of `launches.py`, the first one in rounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +95,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     summary, *_ = __doc__.splitlines()
     parser = argparse.ArgumentParser(description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--only", nargs="+", default=[], choices=["tiny", "full", "speed", *FULL], help="Parts and backbones.")
+    add("--only", nargs="+", default=[], choices=[*PARTS, *FULL], help="Parts and backbones.")
     add(
         "--output",
         type=Path,
@@ -252,8 +258,19 @@ def all_checks(options: argparse.Namespace) -> list[Check]:
             packages = BITSANDBYTES if "bnb" in flags or "8bit" in flags else ""
             needs = packages or (CUDA if "fp16" in flags or "--compile" in flags else "")
             checks.append(Check("full", backbone, flags, functools.partial(full, backbone, flags), needs))
-    parts, backbones = ([name for name in options.only if (name in FULL) == kind] for kind in (False, True))
-    return [one for one in checks if (not parts or one.part in parts) and (not backbones or one.backbone in backbones)]
+    for name, needs in LAUNCHES.items():  # in this order, should time run out
+        for backbone in FULL:
+            work = functools.partial(getattr(launches, name), backbone, options.rounds)
+            checks.append(Check("launches", backbone, name, work, needs))
+    parts = [name for name in options.only if name in PARTS] or PARTS
+    backbones = [name for name in options.only if name in FULL] or list(FULL)
+    # The 8 bits that failed on a GPU, and what they are compared with, go with what else waits for one.
+    waiting = ("CPU", "8-bit base") if "launches" in parts else ()
+    return [
+        one
+        for one in checks
+        if one.backbone in backbones and (one.part in parts or one.part == "tiny" and one.name in waiting)
+    ]
 
 
 def lacking(needs: str) -> str:
@@ -340,8 +357,12 @@ def report(checks: list[Check], folder: Path) -> str:
         lines.append(f"| {name} | {' | '.join(said.get(('tiny', name, backbone), '') for backbone in FULL)} |")
     lines += ["", "## Full size, batch 1, anchors of 4", "", "| backbone | flags | |", "|---|---|---|"]
     lines += [f"| {backbone} | `{name}` | {text} |" for (part, name, backbone), text in said.items() if part == "full"]
-    tables = [record.get("numbers", {}).get("table", "") for one, record in records.items() if one.part == "speed"]
-    return "\n".join([*lines, "", "## What a step costs", "", *tables])
+    lines += ["", "## Compiled, and as CUDA graphs", "", "| backbone | check | |", "|---|---|---|"]
+    for (part, name, backbone), text in said.items():
+        if part == "launches" and name != "compared":
+            lines.append(f"| {backbone} | {name} | {text} |")
+    tables = [record.get("numbers", {}).get("table", "") for record in records.values()]
+    return "\n".join([*lines, "", "## What a step costs", "", *filter(None, tables)])
 
 
 def main(options: argparse.Namespace) -> str:
