@@ -1605,8 +1605,6 @@ def round_once(denoiser: nn.Module, dtype: torch.dtype) -> None:
         return
     for block in denoiser.modules():
         if isinstance(block, ResnetBlock2D):
-            block.norm1.float()  # or autocast would cast them at each call
-            block.norm2.float()
             block.forward = torch.autocast(denoiser.device.type, dtype)(block.forward)
 
 
