@@ -1528,7 +1528,11 @@ def encode_texts(args: Namespace, pipeline: PIPELINE_CLASS, images: SubjectImage
         same = [read(caption, truncation=True) == read(anchor, truncation=True) for read in tokenizers]
         if all(same) and caption != anchor:
             raise UsageError(f'to the text encoders "{caption}" is the same as "{anchor}": say the subject earlier')
-    prompts = {*images.captions, *anchors}
+    prompts = set()
+    if args.anchor_weight > 0:
+        prompts.update(anchors)
+    if not args.train_text_encoder:
+        prompts.update(images.captions)
     if args.caption_dropout > 0:
         prompts.add("")
     embeddings = {}
@@ -2418,7 +2422,8 @@ EDGE = value(int, f"a multiple of {LATENT_STRIDE}", lambda x: x >= 1 and x % LAT
 AMOUNT = between(float, 0, 1e38)  # float32 ends there
 POSITIVE = value(float, "above 0 and below 1e38", lambda x: 0 < x < 1e38)
 SHARE = value(float, "at least 0 and below 1", lambda x: 0 <= x < 1)
-TEXT = value(str, "given a value, or left out", bool)  # it is empty where a shell variable was not set
+PROMPT = value(str, "text in UTF-8", lambda x: x.encode() is not None)
+TEXT = value(str, "text in UTF-8, or left out", lambda x: x.encode() != b"")  # empty where a shell variable is not set
 PATH = value(home_path, "a path or a name, or left out", bool)
 FOLDER = value(home_path, "a folder that is there", lambda x: x != "" and Path(x).is_dir())
 FILE = value(home_path, "a file that is there", lambda x: Path(x).is_file())
@@ -2448,7 +2453,7 @@ FLAGS = [
     Flag("--max_train_steps", "Optimizer steps in all (default: as --num_train_epochs says).", COUNT),
     Flag("--learning_rate", "Learning rate after warm-up.", AMOUNT, LEARNING_RATE),
     Flag("--mixed_precision", "Default: as accelerate is configured.", str, choices=["no", "fp16", "bf16"]),
-    Free("--validation_prompt", "Prompt of pictures made during training and at its end.", str),
+    Free("--validation_prompt", "Prompt of pictures made during training and at its end.", PROMPT),
     Free("--output_dir", "Folder of the LoRA, the checkpoints and the logs.", PATH, OUTPUT_DIR),
     "model",
     Flag("--revision", "Branch, tag or commit of the base pipeline on the hub.", TEXT),
@@ -2479,7 +2484,7 @@ FLAGS = [
     ),
     "semantic anchor",
     Flag("--subject_token", "Word of the subject: anchor captions are the captions without it.", TEXT),
-    Flag("--class_token", "Word that replaces --subject_token in anchor captions (default: nothing).", str),
+    Flag("--class_token", "Word that replaces --subject_token in anchor captions (default: nothing).", PROMPT),
     Flag(
         "--anchor_source",
         "Model that gives the anchor; finetuned (the one in training) is the paper's ablation.",
@@ -2549,7 +2554,7 @@ FLAGS = [
     Free("--validation_guidance_scale", "Guidance of these pictures (default: the pipeline's).", AMOUNT),
     Free("--validation_inference_steps", "Denoising steps of these pictures.", COUNT),
     Free("--validation_data_dir", "Photos held out: both loss terms on them, logged as val/.", FOLDER),
-    Free("--final_validation_prompt", "Another prompt for the pictures at the end.", str),
+    Free("--final_validation_prompt", "Another prompt for the pictures at the end.", PROMPT),
     Free("--skip_final_inference", "Make no pictures at the end."),
     Free("--checkpointing_steps", "Steps between checkpoints (default: 100, and the last 5 of them stay).", COUNT),
     Free("--checkpoints_total_limit", "How many checkpoints stay on disk.", COUNT),
@@ -2624,8 +2629,6 @@ def read_flag_files(given: Sequence[str]) -> list[str]:
                 words += shlex.split(text, comments=True)
         else:
             words.append(word)
-    with explained("The command line is not UTF-8"):
-        "".join(words).encode()
     return words
 
 

@@ -160,7 +160,7 @@ def test_a_file_of_flags_that_cannot_be_read_ends_in_a_sentence(content, says, p
 def test_a_prompt_that_is_not_utf_8_ends_in_a_sentence(photos, capsys):
     with pytest.raises(SystemExit, match="2"):
         sap.parse_args(flags("base", photos, "out", "--instance_prompt=a \udcff sks dog"))
-    assert "The command line is not UTF-8" in capsys.readouterr().err
+    assert "--instance_prompt: must be text in UTF-8" in capsys.readouterr().err
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(sd15, photos, tmp_path, monkeypatch):

@@ -181,7 +181,7 @@ def test_captions_with_the_mark_of_windows(tmp_path):
 
 def test_a_caption_without_the_subject_token_is_quoted(captioned):
     with pytest.raises(sap.UsageError, match='"sks dog in the snow" does not hold the word "photo"'):
-        load(captioned, "--subject_token=photo")
+        load(captioned, "--subject_token=photo", "--instance_prompt=one photo dog")
 
 
 def test_an_empty_folder_is_named(tmp_path):

@@ -422,7 +422,7 @@ def test_model_card(base, weight, sd15, photos, tmp_path):
 
 
 def test_a_hub_that_refuses_stops_the_run_before_it_starts(sd15, photos, tmp_path):
-    with pytest.raises(sap.UsageError, match="--push_to_hub .*HF_HUB_OFFLINE is set: "):  # HF_HUB_OFFLINE is set
+    with pytest.raises(sap.UsageError, match="--push_to_hub: .*unset the `HF_HUB_OFFLINE`"):  # HF_HUB_OFFLINE is set
         train(SCRIPT, flags(sd15, photos, tmp_path, "--push_to_hub", "--hub_token=hf_secret"))
     assert not (tmp_path / LORA_FILE).exists()
 
