@@ -179,9 +179,10 @@ def test_captions_with_the_mark_of_windows(tmp_path):
     assert load(tmp_path).captions == ["sks süß"]
 
 
-def test_a_caption_without_the_subject_token_is_quoted(captioned):
+def test_a_caption_without_the_subject_token_is_quoted(tmp_path):
+    tiny_pipelines.save_photos(tmp_path, count=2, captions=["my photo toy", "sks dog in the snow"])
     with pytest.raises(sap.UsageError, match='"sks dog in the snow" does not hold the word "photo"'):
-        load(captioned, "--subject_token=photo", "--instance_prompt=one photo dog")
+        load(tmp_path, "--subject_token=photo", "--instance_prompt=my photo toy")
 
 
 def test_an_empty_folder_is_named(tmp_path):

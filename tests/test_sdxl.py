@@ -116,7 +116,7 @@ def test_a_whole_run(bases, captioned, tmp_path, caplog):
     assert "license: openrail++" in card
     assert "- stable-diffusion-xl\n" in card
     assert "import StableDiffusionXLPipeline" in card
-    assert "with 5 captions" in caplog.text
+    assert "captions: 5" in caplog.text
 
 
 # ---- Noise, v and EDM ----
@@ -535,10 +535,10 @@ def test_combinations_train_and_load(more, bases, photos, tmp_path):
 def test_anchor_batch_size_does_not_change_the_lora(base, bases, captioned, tmp_path):
     for size in (1, 4):
         more = [f"--anchor_batch_size={size}", "--gradient_accumulation_steps=2", "--subject_token=sks"]
-        more += ["--learning_rate=1e-3"]  # large rates let Adam blow rounding up
+        more += ["--learning_rate=1e-3", "--adam_epsilon=1e-6"]  # or Adam blows rounding up to whole steps
         train(SCRIPT, flags(bases[base], captioned, tmp_path / str(size), *more, steps=3))
     one, four = lora(tmp_path / "1"), lora(tmp_path / "4")
-    assert all(torch.allclose(one[key], four[key], atol=3e-5) for key in one)
+    assert all(torch.allclose(one[key], four[key], atol=1e-5) for key in one)
 
 
 def test_the_anchor_changes_what_is_learnt(bases, photos, tmp_path):
