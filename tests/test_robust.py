@@ -270,7 +270,9 @@ def test_a_rank_that_crashes_ends_all_and_says_why(sd15, photos, tmp_path):
     )
     with pytest.raises(AssertionError, match="MemoryError: no room on the second device"):
         launch(str(probe.with_suffix("")), flags(sd15, photos, tmp_path / "out", steps=50), ranks=2)
-    assert left_in(tmp_path / "out") == {"metrics.jsonl"}
+    # The other rank, if its connection ends before it is ended itself, keeps what it needs no agreement for.
+    results = {LORA_FILE, sap.KOHYA_FILE, sap.FINISHED_FILE}
+    assert left_in(tmp_path / "out") in ({"metrics.jsonl"}, {"metrics.jsonl"} | results)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

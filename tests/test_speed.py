@@ -34,6 +34,12 @@ def logged(script: str, monkeypatch) -> list[dict]:
 COMPILED_WITH = [["--train_text_encoder"], ["--gradient_checkpointing"], ["--mixed_precision=bf16"]]
 
 
+def trace_only(monkeypatch) -> None:
+    """Blocks are traced as ever, but not compiled to machine code, which takes minutes."""
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled(self, backend="eager", **how))
+
+
 @pytest.mark.parametrize(("script", "more"), list(zip(SCRIPTS, COMPILED_WITH, strict=True)))
 def test_compiled_blocks_train_the_same_lora_without_recompiling(script, more, bases, photos, tmp_path, monkeypatch):
     plain, compiled = (without_pictures(bases[script], photos, tmp_path / name, *more) for name in ("a", "b"))
@@ -46,7 +52,7 @@ def test_compiled_blocks_train_the_same_lora_without_recompiling(script, more, b
         log_steps(*arguments)
 
     monkeypatch.setattr(sap, "log_steps", count)
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")  # traced as ever, but not compiled to machine code
+    trace_only(monkeypatch)
     torch._dynamo.reset()
     counters.clear()
     train(script, [*compiled, "--compile", "--checkpointing_steps=2"])
@@ -70,12 +76,11 @@ def test_blocks_are_compiled_and_keep_their_names(script, bases, photos, tmp_pat
 
 
 def test_sizes_that_vary_share_graphs(sd15, photos, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    trace_only(monkeypatch)
     buckets = "--aspect_ratio_buckets=64,64;64,96;96,64;96,96"
     torch._dynamo.reset()
     counters.clear()
-    train("train_sap_lora_sd15", without_pictures(sd15, photos, tmp_path, buckets, steps=6))
-    # The launcher's environment alone asks for it.
+    train("train_sap_lora_sd15", without_pictures(sd15, photos, tmp_path, buckets, "--compile", steps=6))
     assert 0 < counters["stats"]["unique_graphs"] <= 12, "compiled anew for each size"
 
 

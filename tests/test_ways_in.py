@@ -4,6 +4,7 @@
 All of them train the same LoRA, byte for byte, and none compiles anything that nobody asked for.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -31,15 +32,17 @@ def run_by(
 
 
 @pytest.fixture(scope="module")
-def by_python(bases, photos, tmp_path_factory) -> dict[str, bytes]:
-    """What `python` alone makes of the tiny bases, by script."""
-    found = {}
-    for script in (SD15, *OTHERS):
+def by_python(bases, photos, tmp_path_factory):
+    """A function that gives the LoRA file that `python` alone makes of a script's tiny base."""
+
+    @functools.cache
+    def lora_file(script: str) -> bytes:
         folder = tmp_path_factory.mktemp("by_python")
         _, compiled = run_by([], script, flags(bases[script], photos, folder / "out"), folder)
         assert compiled == 0
-        found[script] = (folder / "out" / LORA_FILE).read_bytes()
-    return found
+        return (folder / "out" / LORA_FILE).read_bytes()
+
+    return lora_file
 
 
 @pytest.mark.parametrize("script", [SD15, *OTHERS])
@@ -49,7 +52,7 @@ def test_the_launcher_with_its_defaults_compiles_nothing_and_trains_the_same(
     said, compiled = run_by(LAUNCH, script, flags(bases[script], photos, tmp_path / "out"), tmp_path)
     assert compiled == 0
     assert "dynamo backend" not in said
-    assert (tmp_path / "out" / LORA_FILE).read_bytes() == by_python[script]
+    assert (tmp_path / "out" / LORA_FILE).read_bytes() == by_python(script)
 
 
 @pytest.mark.parametrize("way", ["no", "inductor", "file"])
@@ -61,9 +64,10 @@ def test_nothing_that_a_launcher_is_told_compiles(way, sd15, photos, tmp_path, b
     said, compiled = run_by(launcher, SD15, flags(sd15, photos, tmp_path / "out"), tmp_path)
     assert compiled == 0
     assert ("dynamo backend INDUCTOR: unused, --compile compiles" in said) == (way == "inductor")
-    assert (tmp_path / "out" / LORA_FILE).read_bytes() == by_python[SD15]
+    assert (tmp_path / "out" / LORA_FILE).read_bytes() == by_python(SD15)
 
 
+@pytest.mark.slow
 def test_the_compiler_is_seen_where_it_is_asked_for(sd15, photos, tmp_path):
     """The tests above look for files: here they are, so none that were compiled could be overlooked."""
     arguments = flags(sd15, photos, tmp_path / "out", "--compile", "--anchor_weight=0", "--lora_layers=to_q", steps=1)
