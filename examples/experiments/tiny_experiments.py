@@ -6,18 +6,20 @@
 
 Many trainings share a process, so that one costs its steps and not its start. Parts, in this order:
 
-    core        w of 0, .5 and 1, and prior preservation, with all seeds
-    curve       w of .25 and .75, and the finetuned anchor
+    core        w of 0, .5 and 1, the finetuned anchor, and prior preservation, with all seeds
+    curve       w of .25 and .75
     masks       w of .25 and .5 with exact masks of the subjects
-    frontier    w = 0 at a quarter of the rate, and of an eighth of the rank; every w = 0 is drawn at four steps
+    frontier    w = 0 at a quarter of the rate, and of an eighth of the rank
     rates       w = .5 and prior preservation at half and twice the rate, on the tuning subjects
     budget      both at the best of their three rates (tuning subjects), on the other subjects
     neighbours  DCO, differential output preservation, L2 on the LoRA
 
-All have all of --seeds but the rates and the neighbours, which have the first one. What is there is not done again:
-parts, seeds, subjects and backbones can be asked for one by one, and a stopped command goes on. Writes
-loras/RUN-seedS/SUBJECT/, images/METHOD/ as evaluate.py reads it, plain/images/METHOD/ (pictures of a prompt that names
-no scene), rates-BACKBONE.json and drift/BACKBONE/SUBJECT/drift.csv.
+w of 0, .5 and 1, and the frontier's runs, are drawn at four steps. All have all of --seeds but the rates and the
+neighbours, which have the first one. What is there is not done again: parts, seeds, subjects and backbones can be
+asked for one by one, and a stopped command goes on. Writes
+loras/RUN-seedS/SUBJECT/, images/METHOD/ as evaluate.py reads it, with pictures of the class prompts,
+plain/images/METHOD/ (pictures of a prompt that names no scene), rates-BACKBONE.json and
+drift/BACKBONE/SUBJECT/drift.csv.
 """
 
 import argparse
@@ -36,6 +38,7 @@ from pathlib import Path
 import numpy as np
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
+from tiny_numbers import TUNING_SUBJECTS
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,10 +53,9 @@ drift = load_script(ROOT / "examples" / "analysis" / "drift.py")
 PARTS = ("core", "curve", "masks", "frontier", "rates", "budget", "neighbours")
 RATE, RANK = 2e-3, 16
 RATES = (RATE / 2, RATE, RATE * 2)  # of which `best_rates` takes one
-EARLY = (0.125, 0.25, 0.5)  # shares of the steps at which w = 0 is drawn too, as if it had been stopped there
+EARLY = (0.125, 0.25, 0.5)  # shares of the steps at which a run is drawn too, as if it had been stopped there
 EQUAL_COMPUTE = 0.75  # share of the steps at which prior preservation has cost what the anchor costs in all of them
 SEEDS = (0, 1, 2)
-TUNING_SUBJECTS = ("star2", "fish2")
 SAP, PRIOR = "w0.5-pretrained", "prior"  # the two that are compared at equal budget
 CLASS_IMAGES = ["--num_class_images=24", "--sampling_steps=10", "--guidance_scale=3"]
 PLAIN_PROMPT, PLAIN_IMAGES = "a photo of {0} {1}", 6  # a prompt that names no scene, and how often it is drawn
@@ -81,8 +83,14 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--backbone", choices=["sd15", "sdxl", "sd3"], required=True, help="which tiny pipeline")
     add("--output_dir", type=Path, required=True, help="folder of everything")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="some of the parts")
+    add(
+        "--runs",
+        nargs="+",
+        metavar="RUN",
+        help="some of their runs by name: w0-pretrained, prior; all by default",
+    )
+    add("--stops", nargs="+", type=float, default=EARLY, help="shares of the steps at which runs are drawn, too")
     add("--subjects", nargs="+", help="some of the tiny world's subjects; all by default")
-    add("--tuning_subjects", nargs="+", default=TUNING_SUBJECTS, help="on which rates are chosen")
     add("--seeds", nargs="+", type=int, default=SEEDS, help="of the trainings; some parts take the first ones only")
     add("--steps", type=int, default=200, help="of every training, a multiple of 8")
     add("--train_batch_size", type=int, default=2, help="of every training")
@@ -126,25 +134,26 @@ def neighbour(method: str, rate: float = RATE, **options) -> Run:
     return Run(name, (f"--learning_rate={rate:g}", f"--rank={RANK}"), method=method, tags=tags, **options)
 
 
-def planned() -> dict[str, list[Run]]:
-    """The runs of each part, but for the budget's, which depend on those of the rates."""
+def planned(early: Sequence[float] = EARLY) -> dict[str, list[Run]]:
+    """The runs of each part, but for the budget's, which depend on those of the rates; `early` are the stops."""
+    early = tuple(early)
     rates = [{"rate": rate, "seeds": 1, "subjects": "tuning"} for rate in RATES if rate != RATE]
     return {
         "core": [
-            anchored(0, early=EARLY, kept=EARLY, plain=True),
-            anchored(0.5, kept=(0.25, 0.5), plain=True),
-            anchored(1, kept=(0.25, 0.5), plain=True),
+            anchored(0, early=early, kept=early, plain=True),
+            anchored(0.5, early=early, kept=early, plain=True),
+            anchored(1, early=early, kept=early, plain=True),
+            anchored(0.5, "finetuned", plain=True),
             neighbour(PRIOR, early=(EQUAL_COMPUTE,), kept=(0.25, 0.5, EQUAL_COMPUTE), plain=True),
         ],
         "curve": [
             anchored(0.25, plain=True),
-            anchored(0.5, "finetuned"),
             anchored(0.75),
         ],
         "masks": [anchored(w, masked=True, plain=True) for w in (0.5, 0.25)],
         "frontier": [
-            anchored(0, rate=RATE / 4, early=EARLY, kept=EARLY),
-            anchored(0, rank=RANK // 8, early=EARLY, kept=EARLY),
+            anchored(0, rate=RATE / 4, early=early, kept=early),
+            anchored(0, rank=RANK // 8, early=early, kept=early),
         ],
         "rates": [run for rate in rates for run in (anchored(0.5, **rate), neighbour(PRIOR, **rate))],
         "neighbours": [neighbour(method, seeds=1, plain=True) for method in ("dco", "dop", "l2")],
@@ -165,8 +174,8 @@ def seeds_of(run: Run, args: argparse.Namespace) -> list[int]:
 
 
 def subjects_of(run: Run, args: argparse.Namespace) -> list[str]:
-    tuning = [name for name in args.subjects if name in args.tuning_subjects]
-    others = [name for name in args.subjects if name not in args.tuning_subjects]
+    tuning = [name for name in args.subjects if name in TUNING_SUBJECTS]
+    others = [name for name in args.subjects if name not in TUNING_SUBJECTS]
     return {"all": args.subjects, "tuning": tuning, "scored": others}[run.subjects]
 
 
@@ -178,9 +187,9 @@ def method_name(args: argparse.Namespace, name: str, seed: int, step: int) -> st
 def best_rates(args: argparse.Namespace) -> dict[str, float]:
     """The rate of each method with the greatest CLIP-T + (CLIP-I + DINO) / 2 on the tuning subjects, of the first
     seed; rates-BACKBONE.json tells all of them."""
-    tuning = [name for name in args.subjects if name in args.tuning_subjects]
+    tuning = [name for name in args.subjects if name in TUNING_SUBJECTS]
     if not tuning:
-        raise ValueError("--tuning_subjects: none of them is among --subjects")
+        raise ValueError(f"--subjects: rates are chosen on {', '.join(TUNING_SUBJECTS)}; add one of them")
     runs = [(name, rate) for name in (SAP, PRIOR) for rate in RATES]
     methods = [method_name(args, at_rate(*run), args.seeds[0], args.steps) for run in runs]
     for folder in (args.output_dir / "images" / method / one for method in methods for one in tuning):
@@ -316,7 +325,8 @@ def train(args: argparse.Namespace, run: Run, seed: int, subject: str) -> None:
 
 
 def draw(args: argparse.Namespace, name: str, subjects: Sequence[str], tags: dict, plain=False, loras="") -> None:
-    """The pictures of one method by generate.py: one of each prompt, or several of the prompt without a scene."""
+    """The pictures of one method by generate.py: one of each prompt, or several of the prompt without a scene; and as
+    many with the class alone."""
     data, images = args.world / "dataset", args.output_dir / "images"
     if plain:
         data, images = args.output_dir / "plain" / "dataset", args.output_dir / "plain" / "images"
@@ -325,6 +335,7 @@ def draw(args: argparse.Namespace, name: str, subjects: Sequence[str], tags: dic
         f"--data_dir={data}",
         f"--images_dir={images}",
         f"--method={name}",
+        *(["--class_prompts"] if loras or plain else []),  # else the base model's pictures are those of the class
         *("--subjects", *subjects, f"--images={PLAIN_IMAGES if plain else 1}", "--resolution=64", "--batch_size=12"),
         *("--num_inference_steps=10", "--guidance_scale=3"),
         *(["--loras", loras] if loras else []),
@@ -367,7 +378,8 @@ def work(args: argparse.Namespace, run: Run, seed: int) -> tuple[int, str]:
 
 def run_part(part: str, args: argparse.Namespace, pool: ProcessPoolExecutor) -> None:
     """Train and draw; a run that failed is told, and the others go on."""
-    runs = budget_runs(args) if part == "budget" else planned()[part]
+    runs = budget_runs(args) if part == "budget" else planned(args.stops)[part]
+    runs = [run for run in runs if not args.runs or run.name in args.runs]
     units = [(run, seed) for run in runs if subjects_of(run, args) for seed in seeds_of(run, args)]
     units.sort(key=lambda unit: unit[1])  # all of a seed before the next one: half a part is of use, too
     futures = [pool.submit(work, args, run, seed) for run, seed in units]
@@ -390,6 +402,7 @@ def measure_drift(args: argparse.Namespace, subject: str) -> None:
         f"--instance_prompt=a photo of sks {kind}",
         f"--class_prompt=a photo of a {kind}",
         *("--resolution=64", "--num_noises=1", "--batch_size=25", f"--final_step={args.steps}"),
+        *("--anchor_latents=class", f"--class_data_dir={args.output_dir / 'class_images' / args.backbone / kind}"),
         *(f"--run={path.parent.name}={path}" for path in folders),
         f"--output_dir={args.output_dir / 'drift' / args.backbone / subject}",
     ]
