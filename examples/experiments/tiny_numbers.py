@@ -265,7 +265,7 @@ def bootstrap_gain(table: np.ndarray, along: int, resamples: int = RESAMPLES) ->
     return float(low), float(high)
 
 
-def coverage(subjects: int, worlds: int = 400, resamples: int = 2000) -> dict[str, float]:
+def coverage(subjects: int, worlds: int = 200, resamples: int = 1000) -> dict[str, float]:
     """How often the interval of a gain holds the true gain, by simulation: line and point -> share.
 
     Subjects' places scatter around true ones about as in the experiments: by .022 in alignment and .07 in fidelity for
@@ -296,7 +296,7 @@ def coverage(subjects: int, worlds: int = 400, resamples: int = 2000) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--coverage", action="store_true", required=True, help="simulate the intervals of gains")
-    parser.add_argument("--worlds", type=int, default=400, help="simulated experiments of each kind")
+    parser.add_argument("--worlds", type=int, default=200, help="simulated experiments of each kind")
     args = parser.parse_args()
     for subjects in (6, 8):
         shares = coverage(subjects, args.worlds)
