@@ -58,7 +58,7 @@ EQUAL_COMPUTE = 0.75  # share of the steps at which prior preservation has cost 
 SEEDS = (0, 1, 2)
 SAP, PRIOR = "w0.5-pretrained", "prior"  # the two that are compared at equal budget
 CLASS_IMAGES = ["--num_class_images=24", "--sampling_steps=10", "--guidance_scale=3"]
-PLAIN_PROMPT, PLAIN_IMAGES = "a photo of {0} {1}", 6  # a prompt that names no scene, and how often it is drawn
+PLAIN_PROMPT = "a photo of {0} {1}"  # a prompt that names no scene
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=200, help="of every training, a multiple of 8")
     add("--train_batch_size", type=int, default=2, help="of every training")
     add("--prompts", nargs="+", type=int, help="numbers of some prompts; all by default")
+    add("--plain_images", type=int, default=6, help="pictures of the prompt that names no scene; 0: no DIV, no leak")
     add("--processes", type=int, default=1, help="trainings side by side, a CPU core each")
     add("--world", type=Path, default=WORLD, help="folder of pipelines, data and metric models")
     args = parser.parse_args(arguments)
@@ -336,7 +337,7 @@ def draw(args: argparse.Namespace, name: str, subjects: Sequence[str], tags: dic
         f"--images_dir={images}",
         f"--method={name}",
         *(["--class_prompts"] if loras or plain else []),  # else the base model's pictures are those of the class
-        *("--subjects", *subjects, f"--images={PLAIN_IMAGES if plain else 1}", "--resolution=64", "--batch_size=12"),
+        *("--subjects", *subjects, f"--images={args.plain_images if plain else 1}", "--resolution=64", "--batch_size=12"),
         *("--num_inference_steps=10", "--guidance_scale=3"),
         *(["--loras", loras] if loras else []),
         *(["--prompts", *map(str, args.prompts)] if args.prompts and not plain else []),
@@ -349,9 +350,10 @@ def draw(args: argparse.Namespace, name: str, subjects: Sequence[str], tags: dic
 
 def draw_base(args: argparse.Namespace) -> None:
     """The pictures of the base model, on the class prompts."""
-    for plain in (False, True):
-        tags = {"backbone": args.backbone, "run": "base", "steps": 0}
-        draw(args, f"{args.backbone}-base", args.subjects, tags, plain)
+    tags = {"backbone": args.backbone, "run": "base", "steps": 0}
+    draw(args, f"{args.backbone}-base", args.subjects, tags)
+    if args.plain_images:
+        draw(args, f"{args.backbone}-base", args.subjects, tags, plain=True)
 
 
 def work(args: argparse.Namespace, run: Run, seed: int) -> tuple[int, str]:
@@ -366,7 +368,7 @@ def work(args: argparse.Namespace, run: Run, seed: int) -> tuple[int, str]:
     folder, tags = args.output_dir / "loras" / name / "{subject}", {"backbone": args.backbone, "run": run.name}
     tags |= run.tags | {"seed": seed, "steps": args.steps}
     draw(args, name, subjects, tags, loras=str(folder))
-    if run.plain:
+    if run.plain and args.plain_images:
         draw(args, name, subjects, tags, True, str(folder))
     for share in run.early:
         step = round(share * args.steps)
