@@ -337,7 +337,8 @@ def draw(args: argparse.Namespace, name: str, subjects: Sequence[str], tags: dic
         f"--images_dir={images}",
         f"--method={name}",
         *(["--class_prompts"] if loras or plain else []),  # else the base model's pictures are those of the class
-        *("--subjects", *subjects, f"--images={args.plain_images if plain else 1}", "--resolution=64", "--batch_size=12"),
+        *("--subjects", *subjects, f"--images={args.plain_images if plain else 1}"),
+        *("--resolution=64", "--batch_size=12"),
         *("--num_inference_steps=10", "--guidance_scale=3"),
         *(["--loras", loras] if loras else []),
         *(["--prompts", *map(str, args.prompts)] if args.prompts and not plain else []),

@@ -133,12 +133,11 @@ def read_all(args: argparse.Namespace) -> list[Found]:
             seconds = json.loads(file.read_text())
             found.put(tags["run"], tags["steps"], "seconds", (file.parent.name, tags.get("seed", 0)), seconds)
     plain = args.output_dir / "plain"
-    is_plain_drawn = any(plain.glob("images/*/manifest.json"))
-    if is_plain_drawn:
+    read_attributes(args, data, False)
+    if any(plain.glob("images/*/manifest.json")):  # --plain_images 0 draws none
         for entry in score(args, plain / "dataset", plain / "images").values():
             put_scores(data, entry, ("div",))
-    for is_plain in (False, True)[: 1 + is_plain_drawn]:
-        read_attributes(args, data, is_plain)
+        read_attributes(args, data, True)
     read_drift(args, data)
     return [found for found in data.values() if any(step > 0 for _, step in found.points)]
 
