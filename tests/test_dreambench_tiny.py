@@ -276,6 +276,15 @@ def test_the_gain_over_early_stopping(scripts):
     assert "Of 4 intervals 4 are above zero and 0 below; chance alone would put about 0" in written
 
 
+def test_gains_of_means_alone_have_no_interval(scripts, tmp_path):
+    """The earlier run's means, whose subjects are not known: SDXL's w = 1 lies .049 below the line of rank 2."""
+    report = scripts["tiny_report"]
+    lines = report.frontier(report.read_means(RESULTS / "earlier_methods.csv"), counts=False).splitlines()
+    assert len(lines) == 2 + 18 and "[" not in "".join(lines)
+    (row,) = [line for line in lines if line.startswith("| SDXL | w = 1 |")]
+    assert row == "| SDXL | w = 1 | .057 | .004 | .032 | -.049 |"
+
+
 def test_a_gain_is_that_of_the_means_and_not_of_pseudo_values(scripts):
     """Three subjects whose own gains are far from that of their means: the line has a corner between them."""
     numbers = scripts["tiny_numbers"]
@@ -344,3 +353,44 @@ def test_the_command_lines_answer(scripts, capsys, tmp_path):
         assert says in capsys.readouterr().err
     with pytest.raises(ValueError, match="the table class has no line <!-- end of class -->"):
         scripts["tiny_report"].filled("<!-- class -->\n", {"class": "text"})
+
+
+# --- The shipped results ------------------------------------------------------------------------------------------
+
+RESULTS = ROOT / "examples" / "results"
+PAGE = ROOT / "examples" / "RESULTS.md"
+
+
+def test_the_results_page_is_what_the_report_makes_of_the_shipped_numbers(scripts):
+    report = scripts["tiny_report"]
+    backbones = scripts["tiny_numbers"].read_subjects(RESULTS / "subjects.csv")
+    made = report.tables(backbones, RESULTS / "earlier_methods.csv")
+    page = PAGE.read_text(encoding="utf-8")
+    assert {name for name in made if f"<!-- {name} -->" in page} >= {"class", "tendencies", "frontier", "run"}
+    assert report.filled(page, made) == page
+    lines = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+    assert len(set(lines)) == len(lines)  # no row of a table stands twice
+
+
+def column(run: str, steps: str, metric: str) -> dict[str, float]:
+    """A metric of the SD3 type by subject, without the report's code; fidelity is the mean of two columns."""
+    with (RESULTS / "subjects.csv").open(newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["subject"] not in ("star2", "fish2")]
+    own = [row for row in rows if (row["backbone"], row["run"], row["steps"]) == ("sd3", run, steps)]
+    names = ("clip_i", "dino") if metric == "fidelity" else (metric,)
+    return {row["subject"]: sum(float(row[name]) for name in names) / len(names) for row in own}
+
+
+@pytest.mark.parametrize(
+    ("run", "metric", "minus"),
+    [("w0-pretrained", "pres", None), ("prior", "fidelity", None), ("w0.5-pretrained", "clip_t", "w0-pretrained")],
+)
+def test_intervals_of_the_page_can_be_computed_from_the_shipped_numbers(scripts, run, metric, minus):
+    values = np.array(list(column(run, "200", metric).values()))
+    if minus:
+        values -= np.array(list(column(minus, "200", metric).values()))
+    count = len(values)
+    reach = {3: 4.3027, 6: 2.5706}[count] * values.std(ddof=1) / count**0.5  # Student's t
+    shown = [f"{number:.3f}" for number in (values.mean(), values.mean() - reach, values.mean() + reach)]
+    mean, low, high = (text.replace("0.", ".", 1) for text in shown)
+    assert f"{mean} [{low}, {high}]" in PAGE.read_text(encoding="utf-8")

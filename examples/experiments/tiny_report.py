@@ -291,11 +291,11 @@ def tendencies(backbones: list[Found]) -> str:
     return table(["", *(found.name for found in backbones)], rows)
 
 
-def frontier(backbones: list[Found], counts: str = COUNT) -> str:
+def frontier(backbones: list[Found], counts: bool = True) -> str:
     """A row a point of the anchor, stopped early too where that was drawn: how far it lies above the lines of w = 0
     that is stopped early, as it is, at a low rate and at a low rank. Below: how many intervals are without zero.
 
-    `counts` is the title of the last column.
+    Without `counts`, for means whose subjects are not known, there is no column that counts them.
     """
     kinds = [(W0, 0), (W0, 1), *((run, 0) for run in STOPPED if run != W0)]
     rows = []
@@ -310,9 +310,9 @@ def frontier(backbones: list[Found], counts: str = COUNT) -> str:
                 if step != found.last:
                     name += f", {step} steps"
                 sides += [one.side() for one in known if one is not None and one.subjects > 1]
-                rows.append([found.name, name, *map(marked, known), known[0].count()])
+                rows.append([found.name, name, *map(marked, known), *[known[0].count()] * counts])
     titles = [f"{STOPPED[run]}: {('fidelity', 'alignment')[along]}" for run, along in kinds]
-    text = table(["", "", *titles, counts], rows)
+    text = table(["", "", *titles, *[COUNT] * counts], rows)
     if sides:
         text += f"\n\nOf {len(sides)} intervals {sides.count(1)} are above zero and {sides.count(-1)} below; "
         text += f"chance alone would put about {len(sides) / 20:.0f} on one side or the other."
@@ -420,7 +420,7 @@ def tables(backbones: list[Found], earlier: Path) -> dict[str, str]:
         "neighbours": neighbour_rows(scored),
     }
     if earlier.is_file():
-        made["earlier_frontier"] = frontier(read_means(earlier))
+        made["earlier_frontier"] = frontier(read_means(earlier), counts=False)
     return made
 
 
