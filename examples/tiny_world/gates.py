@@ -246,7 +246,8 @@ def pipeline_gates(args: argparse.Namespace, part: str, device: str) -> list[tup
     """Attributes of generated pictures, by the attribute network, against the prompt's; and how clean they are."""
     pipeline = PIPELINES[part].from_pretrained(args.folder / part, torch_dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    network = train.load_attributes(args.folder, device)
+    reader = args.folder if (args.folder / "attributes").is_dir() else train.HERE  # --out of a single part has none
+    network = train.load_attributes(reader, device)
     prompts, truth = prompts_with_labels(args.prompts)
     own_scale = inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
     rows = []
