@@ -22,7 +22,7 @@ def scripts():
     paths = [str(FOLDER), str(ROOT / "examples" / "dreambench")]
     sys.path[:0] = paths
     names = ["benchmark", "generate", "neighbours", "evaluate", "table"]
-    names += ["tiny_numbers", "tiny_experiments", "tiny_report"]
+    names += ["tiny_numbers", "tiny_plan", "tiny_tables", "tiny_experiments", "tiny_report"]
     for name in names:
         sys.modules.pop(name, None)
     yield {name: importlib.import_module(name) for name in names}
@@ -76,7 +76,7 @@ def test_rates_are_chosen_on_subjects_that_are_not_scored(scripts, args, monkeyp
 
 
 def test_the_best_rate_is_told_to_the_report(scripts, tmp_path, monkeypatch):
-    tiny, report = scripts["tiny_experiments"], scripts["tiny_report"]
+    tiny, report = scripts["tiny_experiments"], scripts["tiny_tables"]
     args = tiny.parse_args(["--backbone=sd15", f"--output_dir={tmp_path}", "--seeds", "0"])
     with pytest.raises(ValueError, match="run the parts core and rates before"):
         tiny.best_rates(args)
@@ -170,7 +170,9 @@ def test_the_whole_way_in_miniature(scripts, tmp_path, monkeypatch):
 
     page = tmp_path / "page.md"
     page.write_text("Before.\n<!-- class -->\nold\n<!-- end of class -->\nAfter.\n")
-    report.main(report.parse_args([f"--results_dir={results}", f"--page={page}"]))
+    script = FOLDER / "tiny_tables.py"
+    monkeypatch.setattr(sys, "argv", [str(script), f"--results_dir={results}", f"--page={page}"])
+    runpy.run_path(str(script), run_name="__main__")
     told = page.read_text()
     assert told.startswith("Before.\n<!-- class -->\n|  |  | CLIP-T |") and told.endswith("of class -->\nAfter.\n")
     assert "old" not in told and f"| {float(core['pres']):.3f} |".replace("| 0.", "| .") in told
@@ -218,7 +220,7 @@ def test_the_file_of_all_numbers_gives_them_back(scripts, tmp_path):
 
 def found_of(scripts, **runs):
     """Runs with (alignment, fidelity) of three subjects; NAME_STEP, or NAME for the last step, 8."""
-    report = scripts["tiny_report"]
+    report = scripts["tiny_tables"]
     found = scripts["tiny_numbers"].Found("sd15")
     for name, (alignment, fidelity) in runs.items():
         run, _, step = name.partition("_")
@@ -231,7 +233,7 @@ def found_of(scripts, **runs):
 
 
 def test_verdicts(scripts):
-    report = scripts["tiny_report"]
+    report = scripts["tiny_tables"]
     rises = report.Tendency("", "clip_t", 1, ((report.SAP, report.W0), (report.W1, report.SAP)))
     up = found_of(scripts, w0=(0.1, 0), sap=(0.2, 0), w1=(0.3, 0))
     assert report.judge(rises, up)[0] == "holds"
@@ -243,7 +245,7 @@ def test_verdicts(scripts):
 
 def test_what_needs_an_identifier_is_judged_where_one_means_something(scripts):
     """Both w = 0, at its best stop, and prior preservation must keep the two prompts apart by .2 of DINO."""
-    report = scripts["tiny_report"]
+    report = scripts["tiny_tables"]
     claim = report.Tendency("", "clip_t", 1, ((report.SAP, report.PRIOR),), of_identifiers=True)
     found = found_of(scripts, w0=(0.1, 0), w0_4=(0.1, 0), sap=(0.3, 0), prior=(0.1, 0))
     assert report.judge(claim, found)[0] == "untestable here"  # PRES was not measured
@@ -260,7 +262,7 @@ def test_what_needs_an_identifier_is_judged_where_one_means_something(scripts):
 
 def test_the_gain_over_early_stopping(scripts):
     """The line from (.8, .1) over (.6, .5) to (.4, .6): at .6 it has .5, at fidelity .3 it has .7."""
-    report, gain = scripts["tiny_report"], scripts["tiny_numbers"].gain
+    report, gain = scripts["tiny_tables"], scripts["tiny_numbers"].gain
     path = {"base": (0.8, 0.1), "w0_4": (0.6, 0.5), "w0_8": (0.4, 0.6)}
     above = found_of(scripts, **path, sap=(0.6, 0.58))
     assert gain(above, (report.SAP, 8), report.W0, 0).value == pytest.approx(0.08, abs=0.005)
@@ -278,7 +280,7 @@ def test_the_gain_over_early_stopping(scripts):
 
 def test_gains_of_means_alone_have_no_interval(scripts, tmp_path):
     """The earlier run's means, whose subjects are not known: SDXL's w = 1 lies .049 below the line of rank 2."""
-    report = scripts["tiny_report"]
+    report = scripts["tiny_tables"]
     lines = report.frontier(report.read_means(RESULTS / "earlier_methods.csv"), counts=False).splitlines()
     assert len(lines) == 2 + 18 and "[" not in "".join(lines)
     (row,) = [line for line in lines if line.startswith("| SDXL | w = 1 |")]
@@ -306,7 +308,7 @@ def test_intervals_of_gains_hold_the_truth(scripts):
 
 
 def test_what_masks_change_is_said_beside_the_leaks(scripts):
-    report = scripts["tiny_report"]
+    report = scripts["tiny_tables"]
     masked = f"{report.SAP}-masked"
     found = found_of(scripts, base_0=(0.8, 0.1), w0=(0.6, 0.6), sap=(0.65, 0.5), **{masked: (0.65, 0.6)})
     for run, leak in ((report.BASE, 0.25), (report.W0, 1.0), (report.SAP, 0.75), (masked, 0.5)):
@@ -329,12 +331,13 @@ def test_numbers_are_short(scripts):
 
 
 def test_a_report_of_one_run_alone(scripts, tmp_path):
-    report, found = scripts["tiny_report"], found_of(scripts, sap=(0.5, 0.5))
+    report, found = scripts["tiny_tables"], found_of(scripts, sap=(0.5, 0.5))
     assert "| core | w0.5-pretrained | 3 of 3 | not run | not run |" in report.what_was_run([found])
     assert report.tendencies([found]).count("not run") == len(report.TENDENCIES)
     assert "Not run." in report.frontier([found]) and "Not run." in report.budget([found])
     assert report.masks([found]) == "Not run." and "| w = 0.5 |" in report.neighbour_rows([found])
-    for draw in (report.draw_answer, report.draw_frontier, report.draw_drift):
+    figures = scripts["tiny_report"]
+    for draw in (figures.draw_answer, figures.draw_frontier, figures.draw_drift):
         draw(tmp_path / "figure.png", [found])
 
 
@@ -342,17 +345,11 @@ def test_the_command_lines_answer(scripts, capsys, tmp_path):
     for name in ("tiny_experiments", "tiny_report"):
         with pytest.raises(SystemExit, match="0"):
             scripts[name].parse_args(["--help"])
-    wrong = {
-        "run tiny_experiments.py first": [f"--output_dir={tmp_path}"],
-        "give --output_dir": [],
-        "--page: nowhere.md is not there": [f"--results_dir={tmp_path}", "--page=nowhere.md"],
-    }
-    for says, arguments in wrong.items():
-        with pytest.raises(SystemExit, match="2"):
-            scripts["tiny_report"].parse_args(arguments)
-        assert says in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        scripts["tiny_report"].parse_args([f"--output_dir={tmp_path}"])
+    assert "run tiny_experiments.py first" in capsys.readouterr().err
     with pytest.raises(ValueError, match="the table class has no line <!-- end of class -->"):
-        scripts["tiny_report"].filled("<!-- class -->\n", {"class": "text"})
+        scripts["tiny_tables"].filled("<!-- class -->\n", {"class": "text"})
 
 
 # --- The shipped results ------------------------------------------------------------------------------------------
@@ -362,7 +359,7 @@ PAGE = ROOT / "examples" / "RESULTS.md"
 
 
 def test_the_results_page_is_what_the_report_makes_of_the_shipped_numbers(scripts):
-    report = scripts["tiny_report"]
+    report = scripts["tiny_tables"]
     backbones = scripts["tiny_numbers"].read_subjects(RESULTS / "subjects.csv")
     made = report.tables(backbones, RESULTS / "earlier_methods.csv")
     page = PAGE.read_text(encoding="utf-8")
