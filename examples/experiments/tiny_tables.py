@@ -14,8 +14,9 @@
 
 A table stands between the lines <!-- NAME --> and <!-- end of NAME -->. A number is a mean over subjects, of means
 over seeds; the last column counts trainings and subjects. The subjects on which rates were chosen are in no table.
-Brackets are 95 % t intervals over subjects, in the frontier those of a bootstrap. Differences are paired by subject and
-seed. "Holds" and "does not" need intervals without zero. Fidelity is the mean of CLIP-I and DINO, alignment is CLIP-T.
+Brackets are 95 % t intervals over subjects, in the frontier those of a bootstrap. Differences are paired by subject
+and seed. "Holds" and "does not" need intervals without zero. Fidelity is the mean of CLIP-I and DINO, alignment is
+CLIP-T.
 """
 
 import argparse
