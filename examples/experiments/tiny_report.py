@@ -227,7 +227,6 @@ def draw_drift(file: Path, backbones: list[Found]) -> None:
 
 def picture_rows(args: argparse.Namespace, found: Found, subject: str) -> list[tuple[str, list[Path]]]:
     """(name, pictures) of each method with the identifier, and of some without it, by the first seed."""
-    prompts = range(len(args.benchmark.templates(subject)))
     rows = []
     for run in (BASE, W0, SAP, f"{SAP}-masked", W1, PRIOR):
         seed = ""
@@ -236,6 +235,7 @@ def picture_rows(args: argparse.Namespace, found: Found, subject: str) -> list[t
         folder = args.output_dir / "images" / f"{found.backbone}-{run}{seed}" / subject
         if not folder.is_dir():
             continue
+        prompts = sorted(int(one.name) for one in folder.iterdir() if one.name.isdecimal())
         name = f"{found.name}\n{NAMES[run]}".replace(" preserv", "\npreserv")
         rows.append((name, [folder / str(prompt) / "0.png" for prompt in prompts]))
         if run in (W0, SAP, PRIOR) and (folder / CLASS_FOLDER).is_dir():
