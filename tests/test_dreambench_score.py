@@ -35,6 +35,7 @@ DATA = WORLD / "dataset"
 sys.path.insert(0, str(FOLDER))
 import benchmark  # noqa: E402
 import evaluate  # noqa: E402
+import generate  # noqa: E402
 import report  # noqa: E402
 import table  # noqa: E402
 
@@ -272,6 +273,90 @@ def test_methods_with_other_images_are_pointed_out(images, tmp_path, capsys):
     assert "4 images of 2 subjects: copies; 2 images of 1 subjects: noise" in said and "no width" in said
 
 
+# --- The class after training -------------------------------------------------------------------------------------
+
+
+def with_class_images(images: Path, method: str, subject: str, index: int, photos: list[str]) -> None:
+    """Copies of references as the method's images of a class prompt."""
+    folder = images / method / subject / "class" / str(index)
+    folder.mkdir(parents=True)
+    for number, photo in enumerate(photos):
+        shutil.copy(DATA / photo, folder / f"{number}.png")
+
+
+@torch.no_grad()
+def dino_features(files: list[Path]) -> torch.Tensor:
+    """Unit CLS features (files, 128) of the world's ViT."""
+    vit, processor = ViTModel.from_pretrained(WORLD / "vit"), AutoImageProcessor.from_pretrained(WORLD / "vit")
+    pixels = processor(images=[Image.open(file).convert("RGB") for file in files], return_tensors="pt")
+    return F.normalize(vit(**pixels).last_hidden_state[:, 0], dim=-1)
+
+
+def test_what_was_kept_of_the_class_is_scored_by_itself(images, tmp_path, capsys):
+    """PRES and DIV by hand: "copies" draws the fish where the class is asked for, and its own ball."""
+    before = score(images, tmp_path / "before")["methods"]["copies"]
+    for index in (0, 3):
+        with_class_images(images, "copies", "ball", index, ["fish/00.png", "star/00.png", "ball/01.png"])
+        with_class_images(images, "copies", "fish", index, ["fish/01.png"])
+    capsys.readouterr()
+    entry = score(images, tmp_path / "results", "--batch_size=2")["methods"]["copies"]
+    assert "note:" not in capsys.readouterr().out
+    for metric in evaluate.METRICS:  # the images of the class prompts are none of the subject's
+        assert entry[metric] == before[metric]
+    assert entry["images"] == before["images"] == 4
+    drawn = dino_features([DATA / name for name in ("fish/00.png", "star/00.png", "ball/01.png")])
+    photos = dino_features(sorted((DATA / "ball").glob("*.png")))
+    assert entry["subjects"]["ball"]["pres"] == pytest.approx((drawn @ photos.T).mean().item(), abs=2e-6)
+    distances = [1 - (drawn[a] @ drawn[b]).item() for a, b in ((0, 1), (0, 2), (1, 2))]
+    assert entry["subjects"]["ball"]["div"] == pytest.approx(np.mean(distances), abs=2e-6)
+    assert "div" not in entry["subjects"]["fish"] and "div" not in entry  # one image differs from nothing
+    assert entry["pres"]["mean"] == pytest.approx(np.mean([s["pres"] for s in entry["subjects"].values()]), abs=2e-6)
+
+
+def test_a_class_image_made_anew_is_compared_with_all_of_its_prompt(images, tmp_path):
+    with_class_images(images, "noise", "ball", 0, ["fish/00.png", "star/00.png"])
+    first = score(images, tmp_path / "results")["methods"]["noise"]["subjects"]["ball"]["div"]
+    file = images / "noise" / "ball" / "class" / "0" / "1.png"
+    shutil.copy(DATA / "fish" / "00.png", file)
+    os.utime(file, ns=(1, 1))
+    same = score(images, tmp_path / "results")["methods"]["noise"]["subjects"]["ball"]["div"]
+    assert first > 0.1 and same == pytest.approx(0, abs=1e-6)
+
+
+def test_class_images_of_a_part_of_the_subjects_give_no_score(images, tmp_path, capsys):
+    with_class_images(images, "noise", "ball", 0, ["fish/00.png", "star/00.png"])
+    assert "pres" not in score(images, tmp_path / "results")["methods"]["noise"]
+    assert "noise has no PRES and no DIV, since 1 of its 2 subjects" in capsys.readouterr().out
+    shutil.rmtree(images / "noise" / "ball" / "0")
+    shutil.rmtree(images / "noise" / "ball" / "3")
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(command(images, tmp_path / "results"))
+    assert "images of class prompts alone" in capsys.readouterr().err
+
+
+def test_class_prompts_are_drawn_from_the_same_noise(tmp_path, monkeypatch):
+    """The picture of the class prompt is what the base model, which has no other prompt, draws from that seed."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    shutil.copytree(WORLD / "sd3", tmp_path / "ball")
+    options = [f"--data_dir={DATA}", f"--images_dir={tmp_path / 'images'}", "--images=1", "--subjects=ball"]
+    options += ["--prompts=3", "--num_inference_steps=2", "--resolution=64", "--max_sequence_length=77"]
+    own = ["--method=own", f"--pipelines={tmp_path}/{{subject}}", *options]
+    generate.main(generate.parse_args(own))
+    first = (tmp_path / "images" / "own" / "ball" / "3" / "0.png").read_bytes()
+    assert not (tmp_path / "images" / "own" / "ball" / "class").exists()
+    generate.main(generate.parse_args([*own, "--class_prompts"]))  # goes on from what is there
+    base = ["--method=base", f"--pretrained_model_name_or_path={WORLD / 'sd3'}", *options]
+    generate.main(generate.parse_args(base))
+    drawn = (tmp_path / "images" / "own" / "ball" / "class" / "3" / "0.png").read_bytes()
+    assert drawn == (tmp_path / "images" / "base" / "ball" / "3" / "0.png").read_bytes()
+    assert drawn != first == (tmp_path / "images" / "own" / "ball" / "3" / "0.png").read_bytes()
+    told = json.loads((tmp_path / "images" / "own" / "manifest.json").read_text())["images"]
+    assert [(one["file"], one["prompt"]) for one in told] == [
+        ("ball/3/0.png", "a photo of a sks ball in the night sky"),
+        ("ball/class/3/0.png", "a photo of a ball in the night sky"),
+    ]
+
+
 def test_intervals_are_those_of_a_mean_over_subjects():
     values = np.random.default_rng(1).normal([0.0, 5.0], [1.0, 2.0], (400, 2))
     low, high = evaluate.bootstrap(values, 4000, seed=0)
@@ -488,6 +573,30 @@ def test_markdown_and_latex_have_the_same_cells():
     assert r"50\%\_a|b & \textbf{.5000} & .3000 & -.0600 & 1.67 & 2 \\" in table.latex(rows, intervals=False)
 
 
+def test_the_class_columns_stand_beside_the_ranks_and_do_not_change_them(tmp_path, capsys):
+    """The method with the worst PRES keeps its first rank; the lowest PRES and the highest DIV are bold."""
+    file = tmp_path / "a.csv"
+    lines = ["method,clip_i,clip_t,dino,pres,div", "x,.9,.9,.9,.8,.1", "y,.5,.5,.5,.2,.4", "z,.6,.6,.6,,"]
+    file.write_text("\n".join(lines) + "\n")
+    table.main(table.parse_args([str(file)]))
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "| method | CLIP-I | CLIP-T | DINO | PRES | DIV | average rank | rank |"
+    assert shown[2] == "| x | **.9000** | **.9000** | **.9000** | .8000 | .1000 | 1.00 | 1 |"
+    assert shown[3] == "| y | .5000 | .5000 | .5000 | **.2000** | **.4000** | 3.00 | 3 |"
+    assert shown[4] == "| z | .6000 | .6000 | .6000 |  |  | 2.00 | 2 |"
+    table.main(table.parse_args([str(file), "--format=latex"]))
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == r"\begin{tabular}{lrrrrrrr}" and len({line.count("&") for line in shown if "&" in line}) == 1
+
+
+def test_a_lower_pres_is_a_win(tmp_path):
+    rows = [method("a", 0.5, 0.5, 0.5), method("b", 0.4, 0.4, 0.4)]
+    for row, pres in zip(rows, (0.2, 0.6), strict=True):
+        row.means["pres"] = pres
+        row.subjects["s"] = dict(row.means)
+    assert table.compare(rows, "b")[0].better["pres"] == "(better on 1 of 1)"
+
+
 def test_seeds_are_merged_into_a_mean_with_its_spread():
     rows = [method(f"sd15-w0.5-seed{s}", 0.5 + s / 10, 0.3, 0.6, backbone="sd15", w=0.5, seed=s) for s in (0, 1, 2)]
     rows += [method("sd15-w0-seed0", 0.9, 0.2, 0.7, backbone="sd15", w=0, seed=0), method("base", 0.1, 0.4, 0.2)]
@@ -685,6 +794,18 @@ def test_the_page_shows_table_plots_and_grids(scores, images, tmp_path):
     assert len(page.all("img", alt="reference 5 of fish")) == 1 and "some clip" in page.all("header")[0]["text"]
     plots = [plot["src"] for plot in page.all("img") if plot["src"].startswith("data:image/svg+xml")]
     assert len(plots) == 2 and plots[0] != plots[1]
+
+
+def test_the_page_shows_what_was_kept_of_the_class(scores, images, tmp_path):
+    assert "PRES" not in write_report(scores, images, tmp_path / "a.html").all("table")[0]["text"]
+    told = json.loads(scores.read_text())
+    told["methods"]["copies"]["pres"] = {"mean": 0.8125, "low": 0.7, "high": 0.9}
+    for of_subject in told["methods"]["copies"]["subjects"].values():
+        of_subject["pres"] = 0.8125
+    scores.write_text(json.dumps(told))
+    page = write_report(scores, images, tmp_path / "b.html")
+    rows = [row["text"].split() for row in page.all("tr")]
+    assert "PRES" in rows[0] and ".8125" in rows[1] and ".8125" not in rows[2]
 
 
 def test_the_page_tells_how_many_of_the_images_it_shows(scores, images, tmp_path):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The experiments on the tiny world, in miniature, and the numbers of their report on made-up data."""
 
-import argparse
+import csv
 import importlib
 import json
 import runpy
@@ -21,7 +21,8 @@ def scripts():
     """The example's modules, which import one another by name."""
     paths = [str(FOLDER), str(ROOT / "examples" / "dreambench")]
     sys.path[:0] = paths
-    names = ["benchmark", "generate", "neighbours", "evaluate", "table", "tiny_experiments", "tiny_report"]
+    names = ["benchmark", "generate", "neighbours", "evaluate", "table"]
+    names += ["tiny_numbers", "tiny_plan", "tiny_tables", "tiny_experiments", "tiny_report"]
     for name in names:
         sys.modules.pop(name, None)
     yield {name: importlib.import_module(name) for name in names}
@@ -42,10 +43,12 @@ def args(scripts, tmp_path_factory):
 def test_the_core_has_every_subject_with_every_seed(scripts, args):
     tiny = scripts["tiny_experiments"]
     runs = {run.name: run for run in tiny.planned()["core"]}
-    assert set(runs) == {"w0-pretrained", "w0.5-pretrained", "w1-pretrained", "prior"}
+    assert set(runs) == {"w0-pretrained", "w0.5-pretrained", "w1-pretrained", "w0.5-finetuned", "prior"}
     assert all(list(tiny.seeds_of(run, args)) == [0, 1, 2] for run in runs.values())
     assert all(len(tiny.subjects_of(run, args)) == 8 for run in runs.values())
     assert all(set(run.early) <= set(run.kept) for run in runs.values())
+    anchored = [runs[name] for name in ("w0-pretrained", "w0.5-pretrained", "w1-pretrained")]
+    assert len({run.early for run in anchored}) == 1  # a curve of the anchor has as many stops as its rival's
 
 
 def test_every_run_has_a_name_of_its_own_and_flags_that_the_script_reads(scripts):
@@ -73,14 +76,14 @@ def test_rates_are_chosen_on_subjects_that_are_not_scored(scripts, args, monkeyp
 
 
 def test_the_best_rate_is_told_to_the_report(scripts, tmp_path, monkeypatch):
-    tiny, report = scripts["tiny_experiments"], scripts["tiny_report"]
+    tiny, report = scripts["tiny_experiments"], scripts["tiny_tables"]
     args = tiny.parse_args(["--backbone=sd15", f"--output_dir={tmp_path}", "--seeds", "0"])
     with pytest.raises(ValueError, match="run the parts core and rates before"):
         tiny.best_rates(args)
     monkeypatch.setattr(
         tiny, "score", lambda args, methods: {method: {"subjects": scores[method]} for method in methods}
     )
-    scores, found = {}, report.Found("sd15")
+    scores, found = {}, scripts["tiny_numbers"].Found("sd15")
     for run, fidelity in ((tiny.SAP, 0.5), (tiny.PRIOR, 0.4)):
         for rate, alignment in zip(tiny.RATES, (0.1, 0.2, 0.3 if run == tiny.SAP else 0.1), strict=True):
             name = tiny.method_name(args, tiny.at_rate(run, rate), 0, args.steps)
@@ -91,8 +94,10 @@ def test_the_best_rate_is_told_to_the_report(scripts, tmp_path, monkeypatch):
                     for metric, value in (("clip_t", alignment), ("fidelity", fidelity)):
                         found.put(tiny.at_rate(run, rate), step, metric, (subject, 0), value)
     assert tiny.best_rates(args) == {tiny.SAP: 2 * tiny.RATE, tiny.PRIOR: tiny.RATE}
-    told = report.budget(argparse.Namespace(output_dir=tmp_path), [found])
-    assert "| .100 [.100, .100] | .100 [.100, .100] |  | 6 x 1 |" in told  # the two that were tuned on are left out
+    told = report.budget([found])
+    assert (
+        "| .100 [.100, .100] | .100 [.100, .100] |  |  | 6 of 6 |" in told
+    )  # the two that were tuned on are left out
     assert "w = 0.5 0.600 at 0.001, 0.700 at 0.002, 0.800 at 0.004, taken is 0.004" in told
 
 
@@ -135,30 +140,42 @@ def test_the_whole_way_in_miniature(scripts, tmp_path, monkeypatch):
     for name, value in {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
         monkeypatch.setenv(name, value)
     tiny, report = scripts["tiny_experiments"], scripts["tiny_report"]
-    small = ["--backbone=sd15", f"--output_dir={tmp_path}", "--subjects", "star2", "--seeds", "0"]
+    small = ["--backbone=sd15", f"--output_dir={tmp_path}", "--subjects", "ball", "--seeds", "0"]
     small += ["--steps=8", "--prompts", "0", "--train_batch_size=1"]
     tiny.main(tiny.parse_args([*small, "--parts", "core"]))
-    lora = tmp_path / "loras" / "sd15-w0-pretrained-seed0" / "star2"
+    lora = tmp_path / "loras" / "sd15-w0-pretrained-seed0" / "ball"
     before = (lora / "pytorch_lora_weights.safetensors").stat().st_mtime_ns
     assert sorted(path.name for path in lora.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2", "checkpoint-4"]
-    (lora.parents[1] / "sd15-prior-seed0" / "star2" / "seconds.json").unlink()  # as if it had been broken off
+    (lora.parents[1] / "sd15-prior-seed0" / "ball" / "seconds.json").unlink()  # as if it had been broken off
     tiny.main(tiny.parse_args([*small, "--parts", "core"]))
     assert (lora / "pytorch_lora_weights.safetensors").stat().st_mtime_ns == before
     told = json.loads((tmp_path / "images" / "sd15-w0-pretrained-step1-seed0" / "manifest.json").read_text())
     assert told["tags"]["steps"] == 1
-    assert all(one["weights"].endswith("star2/checkpoint-1") for one in told["images"])
+    assert all(one["weights"].endswith("ball/checkpoint-1") for one in told["images"])
+    assert [one["file"] for one in told["images"]] == ["ball/0/0.png", "ball/class/0/0.png"]
 
     report.main(report.parse_args([f"--output_dir={tmp_path}"]))
     results = tmp_path / "results"
-    assert {path.name for path in results.iterdir()} == {
-        "run.md", "tendencies.md", "frontier.md", "budget.md", "masks.md", "neighbours.md", "methods.csv",
-        "answer.png", "frontier.png", "drift.png", "pictures.jpg",
-    }  # fmt: skip
-    rows = (results / "methods.csv").read_text().splitlines()
-    (core,) = [row for row in rows if row.startswith("sd15,w0-pretrained,8,")]
-    assert core.count(",,") == 0  # every metric was measured
-    assert "| core | prior | 1 x 1 | not run | not run |" in (results / "run.md").read_text()
-    assert "| prior preservation |" in (results / "neighbours.md").read_text()
+    figures = {"answer.png", "frontier.png", "drift.png", "pictures.jpg"}
+    assert {path.name for path in results.iterdir()} == {"subjects.csv", "tables.md"} | figures
+    with (results / "subjects.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    (core,) = [row for row in rows if (row["run"], row["steps"]) == ("w0-pretrained", "8")]
+    assert all(core.values())  # every metric was measured
+    (base,) = [row for row in rows if row["run"] == "base"]
+    assert base["pres"] == base["dino"]
+    written = (results / "tables.md").read_text()
+    assert "| core | prior | 1 of 1 | not run | not run |" in written
+    assert "| SD1.5 | w = 0, 1 steps |" in written and "| prior preservation |" in written
+
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n<!-- class -->\nold\n<!-- end of class -->\nAfter.\n")
+    script = FOLDER / "tiny_tables.py"
+    monkeypatch.setattr(sys, "argv", [str(script), f"--results_dir={results}", f"--page={page}"])
+    runpy.run_path(str(script), run_name="__main__")
+    told = page.read_text()
+    assert told.startswith("Before.\n<!-- class -->\n|  |  | CLIP-T |") and told.endswith("of class -->\nAfter.\n")
+    assert "old" not in told and f"| {float(core['pres']):.3f} |".replace("| 0.", "| .") in told
 
 
 # --- The report's numbers -----------------------------------------------------------------------------------------
@@ -169,23 +186,42 @@ def pairs(values, seeds=1):
 
 
 def test_an_interval_is_students(scripts):
-    one = scripts["tiny_report"].estimate(pairs([1.0, 2.0, 3.0, 6.0]))
-    assert (one.mean, one.subjects, one.seeds) == (3.0, 4, 1)
+    one = scripts["tiny_numbers"].estimate(pairs([1.0, 2.0, 3.0, 6.0]))
+    assert (one.value, one.subjects, one.pairs) == (3.0, 4, 4)
     reach = 3.182 * np.std([1, 2, 3, 6], ddof=1) / 2
     assert (one.low, one.high) == pytest.approx((3 - reach, 3 + reach))
 
 
 def test_seeds_are_averaged_within_subjects_and_pairs_must_be_common(scripts):
-    report = scripts["tiny_report"]
+    numbers = scripts["tiny_numbers"]
     values = {("a", 0): 1.0, ("a", 1): 3.0, ("b", 0): 5.0}
-    assert report.estimate(values).mean == pytest.approx(3.5)
-    assert report.difference(values, {("a", 1): 1.0, ("b", 0): 2.0}).mean == pytest.approx(2.5)
-    assert report.difference(values, {("c", 0): 1.0}) is None
+    assert numbers.estimate(values).value == pytest.approx(3.5)
+    assert numbers.estimate(values).count() == "3 of 2"  # pairs, not subjects times seeds
+    assert numbers.difference(values, {("a", 1): 1.0, ("b", 0): 2.0}).value == pytest.approx(2.5)
+    assert numbers.difference(values, {("c", 0): 1.0}) is None
 
 
-def found_of(report, **runs):
+def test_the_file_of_all_numbers_gives_them_back(scripts, tmp_path):
+    numbers = scripts["tiny_numbers"]
+    found = numbers.Found("sdxl")
+    for metric, value in (("clip_i", 0.5), ("dino", 0.25), ("pres", 0.75), ("seconds", 12.5)):
+        found.put("w0-pretrained", 8, metric, ("ball", 2), value)
+    found.put("base", 0, "dino", ("ball", 0), -0.0625)
+    numbers.write_subjects(tmp_path / "subjects.csv", [found])
+    (again,) = numbers.read_subjects(tmp_path / "subjects.csv")
+    assert (again.name, again.points) == ("SDXL", found.points)
+    assert again.get("w0-pretrained", "fidelity") == {("ball", 2): 0.375}
+    assert again.get("w0-pretrained", "apart") == {("ball", 2): -0.5}
+    assert again.without(["ball"]).points == {}
+    (tmp_path / "subjects.csv").write_text("backbone,run\nsd15,base\n")
+    with pytest.raises(ValueError, match=r"is no subjects\.csv"):
+        numbers.read_subjects(tmp_path / "subjects.csv")
+
+
+def found_of(scripts, **runs):
     """Runs with (alignment, fidelity) of three subjects; NAME_STEP, or NAME for the last step, 8."""
-    found = report.Found("sd15")
+    report = scripts["tiny_tables"]
+    found = scripts["tiny_numbers"].Found("sd15")
     for name, (alignment, fidelity) in runs.items():
         run, _, step = name.partition("_")
         run = {"w0": report.W0, "sap": report.SAP, "w1": report.W1}.get(run, run)
@@ -197,47 +233,97 @@ def found_of(report, **runs):
 
 
 def test_verdicts(scripts):
-    report = scripts["tiny_report"]
+    report = scripts["tiny_tables"]
     rises = report.Tendency("", "clip_t", 1, ((report.SAP, report.W0), (report.W1, report.SAP)))
-    up = found_of(report, w0=(0.1, 0), sap=(0.2, 0), w1=(0.3, 0))
+    up = found_of(scripts, w0=(0.1, 0), sap=(0.2, 0), w1=(0.3, 0))
     assert report.judge(rises, up)[0] == "holds"
-    assert report.judge(rises, found_of(report, w0=(0.1, 0), sap=(0.2, 0), w1=(0.1, 0)))[0] == "does not"
-    assert report.judge(rises, found_of(report, w0=(0.1, 0), sap=(0.2, 0)))[0] == "not run"
+    assert report.judge(rises, found_of(scripts, w0=(0.1, 0), sap=(0.2, 0), w1=(0.1, 0)))[0] == "does not"
+    assert report.judge(rises, found_of(scripts, w0=(0.1, 0), sap=(0.2, 0)))[0] == "not run"
     up.points[report.SAP, 8]["clip_t"]["s0", 0] += 0.5
     assert report.judge(rises, up)[0] == "not sure"
 
 
+def test_what_needs_an_identifier_is_judged_where_one_means_something(scripts):
+    """Both w = 0, at its best stop, and prior preservation must keep the two prompts apart by .2 of DINO."""
+    report = scripts["tiny_tables"]
+    claim = report.Tendency("", "clip_t", 1, ((report.SAP, report.PRIOR),), of_identifiers=True)
+    found = found_of(scripts, w0=(0.1, 0), w0_4=(0.1, 0), sap=(0.3, 0), prior=(0.1, 0))
+    assert report.judge(claim, found)[0] == "untestable here"  # PRES was not measured
+    places = ((report.W0, 4, 0.25), (report.W0, 8, 0.0), (report.PRIOR, 8, 0.15))
+    for run, step, apart in places:
+        for subject in range(3):
+            found.put(run, step, "dino", (f"s{subject}", 0), 0.5)
+            found.put(run, step, "pres", (f"s{subject}", 0), 0.5 - apart)
+    assert report.judge(claim, found)[0] == "untestable here"
+    for subject in range(3):
+        found.put(report.PRIOR, 8, "pres", (f"s{subject}", 0), 0.2)
+    assert report.judge(claim, found)[0] == "holds"
+
+
 def test_the_gain_over_early_stopping(scripts):
     """The line from (.8, .1) over (.6, .5) to (.4, .6): at .6 it has .5, at fidelity .3 it has .7."""
-    report = scripts["tiny_report"]
+    report, gain = scripts["tiny_tables"], scripts["tiny_numbers"].gain
     path = {"base": (0.8, 0.1), "w0_4": (0.6, 0.5), "w0_8": (0.4, 0.6)}
-    above = found_of(report, **path, sap=(0.6, 0.58))
-    assert report.gain(above, report.SAP, report.W0, 0).mean == pytest.approx(0.08, abs=0.005)
-    assert report.gain(above, report.SAP, report.W0, 0).side() == 1
-    beside = found_of(report, **path, sap=(0.65, 0.3))
-    assert report.gain(beside, report.SAP, report.W0, 1).mean == pytest.approx(-0.05, abs=0.005)
-    beyond = found_of(report, **path, sap=(0.5, 0.7))
-    assert np.isnan(report.gain(beyond, report.SAP, report.W0, 1).mean)
-    assert "beyond its end" in report.frontier([beyond])
+    above = found_of(scripts, **path, sap=(0.6, 0.58))
+    assert gain(above, (report.SAP, 8), report.W0, 0).value == pytest.approx(0.08, abs=0.005)
+    assert gain(above, (report.SAP, 8), report.W0, 0).side() == 1
+    beside = found_of(scripts, **path, sap=(0.65, 0.3))
+    assert gain(beside, (report.SAP, 8), report.W0, 1).value == pytest.approx(-0.05, abs=0.005)
+    beyond = found_of(scripts, **path, sap=(0.5, 0.7), sap_4=(0.6, 0.58))
+    assert gain(beyond, (report.SAP, 8), report.W0, 1).low == np.inf
+    written = report.frontier([beyond])
+    whole, early = (line for line in written.splitlines() if "| w = 0.5" in line)
+    assert "| **.15" in whole and "| **beyond [beyond, beyond]** |" in whole
+    assert "w = 0.5, 4 steps | **.08" in early  # the anchor is stopped early, too
+    assert "Of 4 intervals 4 are above zero and 0 below; chance alone would put about 0" in written
+
+
+def test_gains_of_means_alone_have_no_interval(scripts, tmp_path):
+    """The earlier run's means, whose subjects are not known: SDXL's w = 1 lies .049 below the line of rank 2."""
+    report = scripts["tiny_tables"]
+    lines = report.frontier(report.read_means(RESULTS / "earlier_methods.csv"), counts=False).splitlines()
+    assert len(lines) == 2 + 18 and "[" not in "".join(lines)
+    (row,) = [line for line in lines if line.startswith("| SDXL | w = 1 |")]
+    assert row == "| SDXL | w = 1 | .057 | .004 | .032 | -.049 |"
+
+
+def test_a_gain_is_that_of_the_means_and_not_of_pseudo_values(scripts):
+    """Three subjects whose own gains are far from that of their means: the line has a corner between them."""
+    numbers = scripts["tiny_numbers"]
+    table = np.array([[[0.6, 0.5], [0.8, 0.1], [0.6 + shift, 0.5], [0.4, 0.6]] for shift in (-0.1, 0.0, 0.15)])
+    value = float(numbers.gains(table.mean(0), 0))
+    # The mean corner is 1/60 before the point and 13/60 before the end of the line.
+    at_the_point = 0.5 + 0.1 * (1 / 60) / (13 / 60)
+    assert value == pytest.approx(0.5 - at_the_point, abs=0.003)  # the mean of pseudo-values would be -.05
+    low, high = numbers.bootstrap_gain(table, 0)
+    assert low < value < high
+    one_by_one = [float(numbers.gains(own, 0)) for own in table]
+    assert min(one_by_one) <= low and high <= max(one_by_one)  # resamples of subjects lie among the subjects
+
+
+def test_intervals_of_gains_hold_the_truth(scripts):
+    """As many worlds as seconds allow: 19 of 20 hold, give or take five."""
+    shares = scripts["tiny_numbers"].coverage(6, worlds=40, resamples=400)
+    assert len(shares) == 4 and all(0.85 <= share <= 1 for share in shares.values())
 
 
 def test_what_masks_change_is_said_beside_the_leaks(scripts):
-    report = scripts["tiny_report"]
+    report = scripts["tiny_tables"]
     masked = f"{report.SAP}-masked"
-    found = found_of(report, base_0=(0.8, 0.1), w0=(0.6, 0.6), sap=(0.65, 0.5), **{masked: (0.65, 0.6)})
+    found = found_of(scripts, base_0=(0.8, 0.1), w0=(0.6, 0.6), sap=(0.65, 0.5), **{masked: (0.65, 0.6)})
     for run, leak in ((report.BASE, 0.25), (report.W0, 1.0), (report.SAP, 0.75), (masked, 0.5)):
         for subject in range(3):
             found.put(run, 0 if run == report.BASE else 8, "leak", (f"s{subject}", 0), leak)
     row = next(line for line in report.masks([found]).splitlines() if "w = 0.5" in line)
     assert row.startswith("| SD1.5 | w = 0.5 | .250 | 1.000 | .750 | .500 | **-.250 [-.250, -.250]** | .000 ")
-    assert row.endswith("| **.100 [.100, .100]** | 3 x 1 |")
+    assert row.endswith("| **.100 [.100, .100]** | 3 of 3 |")
     beside = report.neighbour_rows([found]).splitlines()
     assert beside[-1].startswith("| SD1.5 | w = 0 | **-.050 [-.050, -.050]** | **.100 [.100, .100]** |")
     assert len(beside) == 4  # what was not run has no row
 
 
 def test_numbers_are_short(scripts):
-    estimate = scripts["tiny_report"].Estimate
+    estimate = scripts["tiny_numbers"].Estimate
     assert str(estimate(0.1234, -0.05, 0.3, 8, 3)) == ".123 [-.050, .300]"
     assert str(estimate(12.34, 10.21, 14.5, 8, 3)) == "12.3 [10.2, 14.5]"
     assert str(estimate(-3.149, -4, -2, 1, 1)) == "-3.15"
@@ -245,13 +331,13 @@ def test_numbers_are_short(scripts):
 
 
 def test_a_report_of_one_run_alone(scripts, tmp_path):
-    report, found = scripts["tiny_report"], found_of(scripts["tiny_report"], sap=(0.5, 0.5))
-    args = argparse.Namespace(output_dir=tmp_path)
-    assert "| core | w0.5-pretrained | 3 x 1 | not run | not run |" in report.what_was_run(args, [found])
+    report, found = scripts["tiny_tables"], found_of(scripts, sap=(0.5, 0.5))
+    assert "| core | w0.5-pretrained | 3 of 3 | not run | not run |" in report.what_was_run([found])
     assert report.tendencies([found]).count("not run") == len(report.TENDENCIES)
-    assert "Not run." in report.frontier([found]) and "Not run." in report.budget(args, [found])
+    assert "Not run." in report.frontier([found]) and "Not run." in report.budget([found])
     assert report.masks([found]) == "Not run." and "| w = 0.5 |" in report.neighbour_rows([found])
-    for draw in (report.draw_answer, report.draw_frontier, report.draw_drift):
+    figures = scripts["tiny_report"]
+    for draw in (figures.draw_answer, figures.draw_frontier, figures.draw_drift):
         draw(tmp_path / "figure.png", [found])
 
 
@@ -262,3 +348,44 @@ def test_the_command_lines_answer(scripts, capsys, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         scripts["tiny_report"].parse_args([f"--output_dir={tmp_path}"])
     assert "run tiny_experiments.py first" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="the table class has no line <!-- end of class -->"):
+        scripts["tiny_tables"].filled("<!-- class -->\n", {"class": "text"})
+
+
+# --- The shipped results ------------------------------------------------------------------------------------------
+
+RESULTS = ROOT / "examples" / "results"
+PAGE = ROOT / "examples" / "RESULTS.md"
+
+
+def test_the_results_page_is_what_the_report_makes_of_the_shipped_numbers(scripts):
+    report = scripts["tiny_tables"]
+    backbones = scripts["tiny_numbers"].read_subjects(RESULTS / "subjects.csv")
+    made = report.tables(backbones, RESULTS / "earlier_methods.csv")
+    page = PAGE.read_text(encoding="utf-8")
+    assert {name for name in made if f"<!-- {name} -->" in page} >= {"class", "frontier", "run"}
+    assert report.filled(page, made) == page
+    lines = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+    assert len(set(lines)) == len(lines)  # no row of a table stands twice
+
+
+def column(run: str, steps: str, metric: str) -> dict[str, float]:
+    """A metric of the SD3 type by subject, without the report's code; fidelity is the mean of two columns."""
+    with (RESULTS / "subjects.csv").open(newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["subject"] not in ("star2", "fish2")]
+    own = [row for row in rows if (row["backbone"], row["run"], row["steps"]) == ("sd3", run, steps)]
+    names = ("clip_i", "dino") if metric == "fidelity" else (metric,)
+    return {row["subject"]: sum(float(row[name]) for name in names) / len(names) for row in own}
+
+
+@pytest.mark.parametrize(
+    ("run", "metric"),
+    [("w0-pretrained", "pres"), ("w0.5-pretrained", "fidelity"), ("prior", "clip_t")],
+)
+def test_intervals_of_the_page_can_be_computed_from_the_shipped_numbers(run, metric):
+    values = np.array(list(column(run, "200", metric).values()))
+    count = len(values)
+    reach = {3: 4.3027, 6: 2.5706}[count] * values.std(ddof=1) / count**0.5  # Student's t
+    shown = [f"{number:.3f}" for number in (values.mean(), values.mean() - reach, values.mean() + reach)]
+    mean, low, high = (text.replace("0.", ".", 1) for text in shown)
+    assert f"{mean} [{low}, {high}]" in PAGE.read_text(encoding="utf-8")

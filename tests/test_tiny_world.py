@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tiny world: drawing is deterministic, the shipped pipelines sample, and the anchor does there what it should."""
 
+import argparse
 import hashlib
 import pathlib
 import sys
@@ -43,6 +44,97 @@ def test_captions_say_what_is_drawn():
         assert look.class_name in text.split()
         assert all(index in (-1, true) for index, true in zip(said, world.labels(look, setting), strict=True))
         assert (look.colour in text.split()) == (said[1] >= 0)
+
+
+def test_names_mean_looks_of_their_own():
+    looks = world.named_looks()
+    assert len(looks) == 24 and not set(looks) & set(world.UNBOUND) and "sks" in world.UNBOUND
+    shapes = [(look.class_name, look.colour) for look in looks.values()]
+    shapes += [(look.class_name, look.colour) for look in world.SUBJECTS.values()]
+    assert len(set(shapes)) == len(shapes)  # told apart by colour alone, from each other and from the subjects
+    assert {sum(look.class_name == name for look in looks.values()) for name in world.CLASSES} == {4}
+
+
+def test_names_are_spelled_by_the_shipped_tokenizer():
+    """Whole, in two tokens at most, so that the longest captions still fit."""
+    tokenizer = train.CLIPTokenizer.from_pretrained(WORLD / "sd3" / "tokenizer", model_max_length=train.TOKENS)
+    for word in (*world.NAMES, *world.UNBOUND):
+        ids = tokenizer(word, add_special_tokens=False).input_ids
+        assert len(ids) <= 2 and tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids).strip() == word
+    assert len({tuple(tokenizer(word).input_ids) for word in (*world.NAMES, *world.UNBOUND)}) == 27
+
+
+def test_captions_with_a_name_leave_the_look_to_it():
+    rng = np.random.default_rng(5)
+    for name, look, setting in train.named_scenes(96, 0):
+        assert look == world.named_looks()[name]
+        text, said = world.caption(look, setting, rng, name=name)
+        words = text.split()
+        assert words[words.index(name) + 1] == look.class_name and said[1] == said[2] == -1
+        assert not {*world.COLOURS, *world.PATTERNS} & set(words)
+    rare = [world.caption(*scene, rng, rare_words=world.UNBOUND)[0].split() for scene in train.scenes(300, 1)]
+    assert not {word for words in rare for word in words} & set(world.NAMES)
+    assert any("sks" in words for words in rare)
+
+
+def test_only_pipelines_are_trained_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "clip", f"--start={WORLD}", f"--work={tmp_path}"])
+    with pytest.raises(SystemExit):
+        train.parse_args()
+    assert "--start is for sd3, sd15 and sdxl; clip is trained from scratch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", gates.PIPELINES)
+def test_a_pipeline_is_trained_on(part, tmp_path, monkeypatch):
+    """Two steps from the shipped weights: denoiser and text encoder have moved a little, the VAE not at all."""
+    arguments = [part, f"--start={WORLD}", "--samples=8", "--batch_size=4", "--images=8"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments, f"--work={tmp_path / 'work'}", f"--out={tmp_path}"])
+    train.main()
+    before, after = (gates.PIPELINES[part].from_pretrained(folder / part) for folder in (WORLD, tmp_path))
+    for name in ("transformer" if part == "sd3" else "unet", "text_encoder"):
+        pairs = list(zip(getattr(before, name).parameters(), getattr(after, name).parameters(), strict=True))
+        moved = max((one - other).abs().max().item() for one, other in pairs)
+        assert 1e-5 < moved < 0.05
+    pairs = zip(before.vae.parameters(), after.vae.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    picks = train.random_picks(
+        argparse.Namespace(images=8, batch_size=600, start=WORLD, device="cpu"), torch.manual_seed(0)
+    )
+    assert 0.25 < (picks >= 8).float().mean() < 0.42 and picks.max() == 9  # a third of the pictures have names
+
+
+def test_the_gates_of_words_see_what_is_wrong(monkeypatch):
+    """Drawings in the place of a pipeline's pictures: they pass; without the names' looks, and with other classes
+    beside one unbound word, they do not."""
+
+    def drawn(pipeline, prompts, scale, args):
+        images = []
+        for number, prompt in enumerate(prompts):
+            words = prompt.split()
+            scene = next(name for name, text in world.SCENES.items() if prompt.endswith(text))
+            class_name = next(name for name in world.CLASSES if name in words)
+            look = next((look for name, look in known.items() if name in words), world.Look(class_name, "red"))
+            if wrong in words:
+                look = world.Look("tree" if number % 2 else "moon", "red")
+            images.append(world.draw(look, world.Setting(scene, seed=number)))
+        return np.stack(images)
+
+    monkeypatch.setattr(gates, "sample", drawn)
+    network = train.load_attributes(WORLD, "cpu")
+    args = argparse.Namespace(images=None, steps=1)
+    known, wrong = world.named_looks(), "nothing"
+    rows = {
+        name: (gate, value) for _, name, gate, value, _ in gates.word_gates(args, "sd3", None, network, 3.0, "cpu")
+    }
+    assert len(rows) == 4 and all(value >= gate for gate, value in rows.values())
+    known, wrong = {}, "ohwx"
+    rows = gates.word_gates(args, "sd3", None, network, 3.0, "cpu")
+    passed = {name: value >= gate for _, name, gate, value, _ in rows}
+    assert passed["named look: class"] and not passed["named look: colour"] and not passed["named look: pattern"]
+    assert not passed["class beside an unbound word"] and rows[-1][-1].startswith(
+        "ohwx, least of sks, ohwx, qzt; 1.000"
+    )
 
 
 def test_the_shipped_references_are_the_drawn_ones():

@@ -22,6 +22,7 @@ from types import ModuleType
 from PIL import Image
 
 PROMPTS_FILE = "prompts_and_classes.txt"
+CLASS_FOLDER = "class"  # below IMAGES/METHOD/SUBJECT: pictures of the class prompts
 LIVE_CLASSES = {"cat", "dog"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for odd files

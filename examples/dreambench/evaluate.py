@@ -10,6 +10,12 @@ images.csv already has are not scored again, unless they, their references, the 
 
 CLIP-I and DINO are the mean cosine of an image with its subject's references, CLIP-T its cosine with the prompt, the
 token dropped and the class kept. A subject's score is the mean over its images, a method's the mean over subjects.
+
+Images of the class prompts, IMAGES/METHOD/SUBJECT/class/PROMPT_INDEX/*.png (generate.py --class_prompts), tell what a
+model has kept of the class. PRES is their mean cosine with the subject's references by DINO (lower is better: "a dog"
+has not become this dog), DIV the mean distance, 1 - cosine by DINO, of the images of one class prompt to each other
+(higher is better). PRES is that of DreamBooth (arXiv 2208.12242, section 4.3), whose DIV takes LPIPS between images of
+the subject.
 """
 
 import argparse
@@ -30,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from benchmark import Benchmark, HelpFormatter, check_image, image_files, read_benchmark, read_image
+from benchmark import CLASS_FOLDER, Benchmark, HelpFormatter, check_image, image_files, read_benchmark, read_image
 from PIL import Image
 from table import FEWEST_SUBJECTS, bootstrap, bounds
 from tqdm import tqdm
@@ -38,23 +44,28 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from transformers.utils.logging import disable_progress_bar
 
 METRICS = ("clip_i", "clip_t", "dino")
+CLASS_METRICS = ("pres", "div")  # of the images of class prompts
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A generated image: where it stands, what it should show. `key` changes with all that its scores depend on."""
+    """A generated image: where it stands, what it should show. `key` changes with all that its scores depend on.
+
+    `of` is "subject" or, for an image of a class prompt, "class".
+    """
 
     file: str
     method: str
     subject: str
+    of: str
     prompt_index: int
     prompt: str
     key: str
 
 
 Rows = list[dict[str, str]]
-IMAGE_COLUMNS = ["file", "method", "subject", "prompt_index", "prompt", *METRICS, "key"]
+IMAGE_COLUMNS = ["file", "method", "subject", "of", "prompt_index", "prompt", *METRICS, "div", "key"]
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -136,17 +147,33 @@ def method_pictures(args: argparse.Namespace, folder: Path) -> Iterator[Picture]
         references = benchmark.references(subject.name)
         if not references:
             raise ValueError(f"{subject}: no references to compare with in {benchmark.folder / subject.name}")
-        prompts = benchmark.prompts(subject.name)
         basis = [*models, *map(file_state, references)]
-        for index in subfolders(subject):
-            if not index.name.isdecimal() or int(index.name) >= len(prompts):
-                raise ValueError(f"{index}: not a prompt's index, {subject.name} has prompts 0 to {len(prompts) - 1}")
-            prompt = prompts[int(index.name)]
-            for file in image_files(index):
-                check_image(file)
-                key = hashlib.sha256("\n".join([*basis, prompt, file_state(file)]).encode()).hexdigest()[:16]
-                name = file.relative_to(args.images_dir).as_posix()
-                yield Picture(name, folder.name, subject.name, int(index.name), prompt, key)
+        own = [index for index in subfolders(subject) if index.name != CLASS_FOLDER]
+        if (subject / CLASS_FOLDER).is_dir() and not own:
+            raise ValueError(f"{subject} has images of class prompts alone: make those of its own prompts, too")
+        for index in own:
+            yield from prompt_pictures(args, subject.name, "subject", index, basis)
+        for index in subfolders(subject / CLASS_FOLDER):
+            yield from prompt_pictures(args, subject.name, "class", index, basis)
+
+
+def prompt_pictures(
+    args: argparse.Namespace, subject: str, of: str, folder: Path, basis: Sequence[str]
+) -> Iterator[Picture]:
+    """The images of one prompt; `basis` is what all scores of the subject depend on."""
+    prompts = args.benchmark.prompts(subject)
+    if not folder.name.isdecimal() or int(folder.name) >= len(prompts):
+        raise ValueError(f"{folder}: not a prompt's index, {subject} has prompts 0 to {len(prompts) - 1}")
+    prompt = prompts[int(folder.name)]
+    files = image_files(folder)
+    for file in files:
+        check_image(file)
+        looked_at = files if of == "class" else [file]  # DIV compares an image with the others of its prompt
+        states = map(file_state, looked_at)
+        key = hashlib.sha256("\n".join([*basis, prompt, file.name, *states]).encode()).hexdigest()[:16]
+        name = file.relative_to(args.images_dir).as_posix()
+        method = file.relative_to(args.images_dir).parts[0]
+        yield Picture(name, method, subject, of, int(folder.name), prompt, key)
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -245,8 +272,7 @@ def score(args: argparse.Namespace, todo: list[Picture], accelerator: Accelerato
             for subject in {picture.subject: None for picture in todo}
         }
         progress = tqdm(total=len(todo), desc="scoring", unit="image", disable=not accelerator.is_main_process)
-        for start in range(0, len(todo), args.batch_size):
-            batch = todo[start : start + args.batch_size]
+        for batch in batches(todo, args.batch_size):
             images = list(pool.map(read_image, [args.images_dir / picture.file for picture in batch]))
             scored = score_batch(clip, dino, batch, images, references)
             writer.writerows(scored)
@@ -255,6 +281,28 @@ def score(args: argparse.Namespace, todo: list[Picture], accelerator: Accelerato
             progress.update(len(batch))
         progress.close()
     return rows
+
+
+def units(pictures: list[Picture]) -> list[list[Picture]]:
+    """What is scored at once: each image of a subject by itself, but those of a class prompt, whose DIV compares them,
+    together."""
+    together: dict[str, list[Picture]] = {}
+    for picture in pictures:
+        name = picture.file.rsplit("/", 1)[0] if picture.of == "class" else picture.file
+        together.setdefault(name, []).append(picture)
+    return list(together.values())
+
+
+def batches(pictures: list[Picture], size: int) -> Iterator[list[Picture]]:
+    """At most `size` images at a time, or one unit that is larger."""
+    batch: list[Picture] = []
+    for unit in units(pictures):
+        if batch and len(batch) + len(unit) > size:
+            yield batch
+            batch = []
+        batch = batch + unit
+    if batch:
+        yield batch
 
 
 def reference_means(clip: Clip, dino: Dino, images: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -276,7 +324,26 @@ def score_batch(clip: Clip, dino: Dino, batch: list[Picture], images: list[Image
         flag = "--dino_model" if odd == ["dino"] else "--clip_model"
         raise ValueError(f"{flag} gives no number for {batch[0].file} or one after it: get the model again")
     columns = {metric: [f"{value:.6f}" for value in column.tolist()] for metric, column in values.items()}
-    return [asdict(one) | {metric: columns[metric][i] for metric in METRICS} for i, one in enumerate(batch)]
+    columns["div"] = diversity(batch, dino_images)
+    return [asdict(one) | {name: column[i] for name, column in columns.items()} for i, one in enumerate(batch)]
+
+
+def diversity(batch: list[Picture], features: torch.Tensor) -> list[str]:
+    """1 minus the mean cosine of each class image with the others of its prompt; nothing where there is no other.
+
+    features: (batch, dim), unit length.
+    """
+    column = [""] * len(batch)
+    places = {picture.file: place for place, picture in enumerate(batch)}
+    for unit in units([picture for picture in batch if picture.of == "class"]):
+        own = [places[picture.file] for picture in unit]
+        if len(own) < 2:
+            continue
+        cosines = features[own] @ features[own].T
+        others = (cosines.sum(1) - cosines.diagonal()) / (len(own) - 1)
+        for place, cosine in zip(own, others.tolist(), strict=True):
+            column[place] = f"{1 - cosine:.6f}"
+    return column
 
 
 def part_file(args: argparse.Namespace, accelerator: Accelerator) -> Path:
@@ -338,23 +405,36 @@ def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
 
 
 def summarise(args: argparse.Namespace, rows: Rows) -> dict:
-    """scores.json: each method's mean and interval of each metric, its subjects' means and its tags."""
+    """scores.json: each method's mean and interval of each metric, its subjects' means and its tags.
+
+    PRES and DIV stand where all subjects of the method have them.
+    """
     methods = {}
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
-        subjects = {}
-        for subject in dict.fromkeys(row["subject"] for row in own):
-            values = [[float(row[metric]) for metric in METRICS] for row in own if row["subject"] == subject]
-            subjects[subject] = dict(zip(METRICS, np.mean(values, axis=0).round(6).tolist(), strict=True))
-        table = np.array([list(scores.values()) for scores in subjects.values()])
+        names = dict.fromkeys(row["subject"] for row in own)
+        subjects = {name: subject_scores([row for row in own if row["subject"] == name]) for name in names}
+        metrics = [m for m in (*METRICS, *CLASS_METRICS) if all(m in scores for scores in subjects.values())]
+        table = np.array([[scores[metric] for metric in metrics] for scores in subjects.values()])
         low, high = bootstrap(table, args.bootstrap_samples, args.seed)
-        columns = zip(METRICS, *(row.round(6).tolist() for row in (table.mean(0), low, high)), strict=True)
+        columns = zip(metrics, *(row.round(6).tolist() for row in (table.mean(0), low, high)), strict=True)
         summary = {name: dict(zip(("mean", "low", "high"), numbers, strict=True)) for name, *numbers in columns}
-        methods[method] = {"tags": args.tags[method], "images": len(own), **summary}
+        images = sum(row["of"] == "subject" for row in own)
+        methods[method] = {"tags": args.tags[method], "images": images, **summary}
         methods[method]["subjects"] = subjects
     models = {name: getattr(args, name) for name in ("clip_model", "dino_model", "dino_preprocessing")}
     intervals = {"bootstrap_samples": args.bootstrap_samples, "seed": args.seed}
     return {"metrics": models, "intervals": intervals, "methods": methods}
+
+
+def subject_scores(rows: Rows) -> dict[str, float]:
+    """The means over a subject's images, and PRES and DIV over those of its class prompts where there are such."""
+    of_subject = [row for row in rows if row["of"] == "subject"]
+    of_class = [row for row in rows if row["of"] == "class"]
+    columns = {metric: [float(row[metric]) for row in of_subject] for metric in METRICS}
+    columns["pres"] = [float(row["dino"]) for row in of_class]
+    columns["div"] = [float(row["div"]) for row in of_class if row["div"]]
+    return {metric: round(float(np.mean(values)), 6) for metric, values in columns.items() if values}
 
 
 def read_tags(folder: Path) -> dict:
@@ -372,15 +452,18 @@ def read_tags(folder: Path) -> dict:
 
 
 def write_scores(args: argparse.Namespace, scores: dict) -> None:
-    spread = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
+    metrics = (*METRICS, *CLASS_METRICS)
+    spread = [f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high")]
     totals, subjects = [], []
     for method, entry in scores["methods"].items():
-        values = [entry[metric][end] for metric in METRICS for end in ("mean", "low", "high")]
-        counts = {"method": method, "subjects": len(entry["subjects"]), "images": entry["images"]}
-        totals.append(counts | {name: f"{value:.6f}" for name, value in zip(spread, values, strict=True)})
+        row = {"method": method, "subjects": len(entry["subjects"]), "images": entry["images"]}
+        for metric in (metric for metric in metrics if metric in entry):
+            for column, end in zip(("", "_low", "_high"), ("mean", "low", "high"), strict=True):
+                row[metric + column] = f"{entry[metric][end]:.6f}"
+        totals.append(row)
         subjects += [{"method": method, "subject": name} | means for name, means in entry["subjects"].items()]
     write_csv(args.output_dir / "scores.csv", ["method", "subjects", "images", *spread], totals)
-    write_csv(args.output_dir / "subjects.csv", ["method", "subject", *METRICS], subjects)
+    write_csv(args.output_dir / "subjects.csv", ["method", "subject", *metrics], subjects)
     temporary = args.output_dir / ".scores.json.tmp"
     temporary.write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n")
     os.replace(temporary, args.output_dir / "scores.json")
@@ -390,7 +473,8 @@ def notes(pictures: list[Picture], methods: dict) -> Iterator[str]:
     """What a reader of the scores should know about the images they come from."""
     counts = {method: Counter() for method in methods}
     for picture in pictures:
-        counts[picture.method][picture.subject, picture.prompt_index] += 1
+        if picture.of == "subject":
+            counts[picture.method][picture.subject, picture.prompt_index] += 1
     if len({frozenset(count.items()) for count in counts.values()}) > 1:
         sizes: dict[str, list[str]] = {}
         for method, count in counts.items():
@@ -400,16 +484,29 @@ def notes(pictures: list[Picture], methods: dict) -> Iterator[str]:
         yield f"the methods differ in subjects, prompts or number of images, so compare with care: {sets}"
     if any(len(entry["subjects"]) == 1 for entry in methods.values()):
         yield "an interval over one subject has no width and says nothing"
+    for method, entry in methods.items():
+        having = sum("pres" in scores for scores in entry["subjects"].values())
+        if 0 < having < len(entry["subjects"]):
+            lack = f"{having} of its {len(entry['subjects'])} subjects have images of class prompts"
+            yield f"{method} has no PRES and no DIV, since {lack}: make the others by generate.py --class_prompts"
 
 
 def print_scores(scores: dict) -> None:
     width = max(len("method"), *map(len, scores["methods"]))
+    entries = scores["methods"].values()
+    metrics = [metric for metric in (*METRICS, *CLASS_METRICS) if any(metric in entry for entry in entries)]
     print(f"\nMeans over n subjects, with 95 % intervals from {FEWEST_SUBJECTS} subjects on")
-    print(f"{'method':<{width}}{'n':>4}" + "".join(f"{metric:>24}" for metric in METRICS))
+    print(f"{'method':<{width}}{'n':>4}" + "".join(f"{metric:>24}" for metric in metrics))
     for method, entry in scores["methods"].items():
         subjects = entry["subjects"]
-        cells = [f"{entry[m]['mean']:.4f} {bounds(entry[m]['low'], entry[m]['high'], subjects)}" for m in METRICS]
-        print(f"{method:<{width}}{len(subjects):>4}" + "".join(f"{cell.rstrip():>24}" for cell in cells))
+        cells = []
+        for metric in metrics:
+            if metric in entry:
+                interval = bounds(entry[metric]["low"], entry[metric]["high"], subjects)
+                cells.append(f"{entry[metric]['mean']:.4f} {interval}".rstrip())
+            else:
+                cells.append("")
+        print(f"{method:<{width}}{len(subjects):>4}" + "".join(f"{cell:>24}" for cell in cells))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -422,9 +519,11 @@ def main(args: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()
     known = known_rows(args)
     accelerator.wait_for_everyone()  # all have read before one begins to write
-    todo = [one for one in args.pictures if one.file not in known or known[one.file]["key"] != one.key]
-    accelerator.print(f"{len(args.pictures)} images, {len(todo)} to score")
-    scored = gather_object(score(args, todo[accelerator.process_index :: accelerator.num_processes], accelerator))
+    keys = {file: row["key"] for file, row in known.items()}
+    todo = [unit for unit in units(args.pictures) if any(keys.get(one.file) != one.key for one in unit)]
+    accelerator.print(f"{len(args.pictures)} images, {sum(map(len, todo))} to score")
+    share = [picture for unit in todo[accelerator.process_index :: accelerator.num_processes] for picture in unit]
+    scored = gather_object(score(args, share, accelerator))
     if not accelerator.is_main_process:
         return
     known |= {row["file"]: row for row in scored}

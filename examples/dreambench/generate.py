@@ -8,7 +8,9 @@
 Writes IMAGES/METHOD/SUBJECT/PROMPT_INDEX/N.png and IMAGES/METHOD/manifest.json, which says of every picture its
 prompt, seed and weights, and is written first: started again, the command makes what is missing. A picture's seed
 depends on --seed, subject, prompt and N alone, so all methods start from the same noise. Without weights for each
-subject, the base model is shown the class prompt ("a dog in the snow").
+subject, the base model is shown the class prompt ("a dog in the snow"). With --class_prompts a model with a subject's
+weights is shown it, too, from the same seeds: IMAGES/METHOD/SUBJECT/class/PROMPT_INDEX/N.png, what it draws of the
+class after training.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from types import ModuleType
 import torch
 from accelerate import PartialState
 from benchmark import (
+    CLASS_FOLDER,
     Benchmark,
     HelpFormatter,
     UnreadableImage,
@@ -87,6 +90,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> argparse.Namespace:
     add("--subjects", nargs="+", help="Some subjects (default: all that have pictures).")
     add("--prompts", nargs="+", type=int, help="Numbers of some prompts (default: all).")
     add("--images", type=int, default=4, help="Pictures a prompt.")
+    add("--class_prompts", action="store_true", help="Also draw each prompt with the class alone, without --token.")
     add("--token", default="sks", help="Word for the subject.")
     add("--seed", type=int, default=0, help="Seed of all pictures.")
     add("--resolution", type=int, help="Edge in pixels (default: the model's).")
@@ -213,22 +217,37 @@ def seed_of(seed: int, subject: str, prompt_index: int, number: int) -> int:
 
 
 def plan(args: argparse.Namespace) -> list[Picture]:
-    """All pictures of the method."""
-    benchmark: Benchmark = args.benchmark
+    """All pictures of the method; those of a subject's class prompts follow those of its own."""
     pictures = []
     for subject in args.subjects:
         weights = weights_of(args, subject)
         sha256 = digest(weights)
-        class_prompts = benchmark.prompts(subject)
-        prompts = benchmark.prompts(subject, args.token) if weights is not None else class_prompts
-        for index in args.prompts if args.prompts is not None else range(len(prompts)):
-            for number in range(args.images):
-                file = f"{subject}/{index}/{number}.png"
-                seed = seed_of(args.seed, subject, index, number)
-                source = str(weights) if weights is not None else None
-                pictures.append(
-                    Picture(file, subject, index, prompts[index], class_prompts[index], seed, source, sha256)
-                )
+        token = args.token if weights is not None else None
+        pictures += pictures_of(args, subject, token, weights, sha256)
+        if args.class_prompts:
+            pictures += pictures_of(args, subject, None, weights, sha256, f"{CLASS_FOLDER}/")
+    return pictures
+
+
+def pictures_of(
+    args: argparse.Namespace,
+    subject: str,
+    token: str | None,
+    weights: Path | None,
+    sha256: str | None,
+    folder: str = "",
+) -> list[Picture]:
+    """A subject's pictures, of the prompts with `token` or, with None, of the class prompts."""
+    benchmark: Benchmark = args.benchmark
+    class_prompts = benchmark.prompts(subject)
+    prompts = class_prompts if token is None else benchmark.prompts(subject, token)
+    source = None if weights is None else str(weights)
+    pictures = []
+    for index in args.prompts if args.prompts is not None else range(len(prompts)):
+        for number in range(args.images):
+            file = f"{subject}/{folder}{index}/{number}.png"
+            seed = seed_of(args.seed, subject, index, number)
+            pictures.append(Picture(file, subject, index, prompts[index], class_prompts[index], seed, source, sha256))
     return pictures
 
 

@@ -154,7 +154,7 @@ def subject_grid(args: argparse.Namespace, subject: str) -> Grid:
         ]
         if any(files):
             own = method.subjects.get(subject, {})
-            scores = {name: table.digits(own[metric]) for metric, name in table.METRICS.items() if metric in own}
+            scores = {name: table.digits(own[metric]) for metric, name in table.ALL_METRICS.items() if metric in own}
             lines.append(Line(method.name, scores, cells))
     references = [address(args, file) for file in benchmark.references(subject)]
     return Grid(subject, benchmark.classes[subject], references, *without_empty_columns(prompts, lines))
@@ -228,11 +228,13 @@ def render(args: argparse.Namespace) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    shown = table.columns(args.rows)
+    grouped = table.groups(args.rows)
     grids = [subject_grid(args, subject) for subject in tqdm(args.subjects, desc="images", unit="subject")]
     return environment.get_template("report.html.j2").render(
         title=args.title,
-        columns=list(table.METRICS.values()),
-        groups={name: table.table_rows(rows, args.intervals) for name, rows in table.groups(args.rows).items()},
+        columns=list(shown.values()),
+        groups={name: table.table_rows(rows, args.intervals, list(shown)) for name, rows in grouped.items()},
         intervals=args.intervals,
         models=", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in args.metrics.items() if value),
         figures=figures(args),

@@ -9,6 +9,9 @@ Reads what evaluate.py writes, or CSV with the columns method, clip_i, clip_t, d
 metric is ranked over all methods of a group by the four decimals shown, the three ranks are averaged, and the
 averages are ranked. Methods that share a place are shown so: 1, 2=, 2=, 4. Where a method lacks subjects, all means of
 its group are over the subjects that all have, and the table says so. n counts subjects.
+
+PRES and DIV, of the images of class prompts, stand where a method has them (CSV: columns pres, div). They tell what
+was kept of the class and are not ranked: PRES, likeness of the class to the subject, is better where it is lower.
 """
 
 import argparse
@@ -23,14 +26,18 @@ from pathlib import Path
 import numpy as np
 from benchmark import HelpFormatter
 
-METRICS = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "dino": "DINO"}
+METRICS = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "dino": "DINO"}  # those that are ranked
+CLASS_METRICS = {"pres": "PRES", "div": "DIV"}
+ALL_METRICS = METRICS | CLASS_METRICS
+LOWER_IS_BETTER = {"pres"}
 FEWEST_SUBJECTS = 5  # of an interval: with fewer, resampling them says nothing
 RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class Method:
-    """The three means, perhaps the spread of each, each subject's scores, and the group it is ranked in.
+    """The means of three metrics or of all five, perhaps the spread of each, each subject's scores, and the group that
+    it is ranked in.
 
     `better` says of each metric on how many subjects it is better than another method; `had` is the number of subjects
     before those that other methods lack were left out.
@@ -48,7 +55,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Score:
-    """A cell: four decimals, whether no other is higher, and what stands behind it."""
+    """A cell: four decimals or nothing, whether no other is better, and what stands behind it."""
 
     text: str
     best: bool
@@ -57,7 +64,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Row:
-    """A method as the table shows it, its scores in the order of METRICS; `n` counts subjects where that is known."""
+    """A method as the table shows it, its scores in the order of `columns`; `n` counts subjects where it is known."""
 
     name: str
     n: str
@@ -82,7 +89,13 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which methods stand in the table, and how; the report has the same table."""
     add = parser.add_argument
-    add("scores", nargs="+", type=Path, help="scores.json of evaluate.py, or CSV: method,clip_i,clip_t,dino[,group]")
+    named = "method,clip_i,clip_t,dino[,pres,div,group]"
+    add(
+        "scores",
+        nargs="+",
+        type=Path,
+        help=f"scores.json of evaluate.py, or CSV: {named}",
+    )
     add("--methods", nargs="+", metavar="METHOD", help="only these, in this order")
     add("--group_by", metavar="TAG", help="rank within methods that have the same value of this tag, e.g. backbone")
     add(
@@ -128,21 +141,20 @@ def read_methods(files: Sequence[Path], group_by: str | None = None) -> list[Met
 def read_json(file: Path) -> list[Method]:
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))["methods"]
-        return [
-            Method(
-                name,
-                {metric: float(entry[metric]["mean"]) for metric in METRICS},
-                {metric: bounds(entry[metric]["low"], entry[metric]["high"], entry["subjects"]) for metric in METRICS},
-                tags=dict(entry["tags"]),
-                subjects={
-                    name: {metric: float(scores[metric]) for metric in METRICS}
-                    for name, scores in entry["subjects"].items()
-                },
-            )
-            for name, entry in entries.items()
-        ]
+        return [json_method(name, entry) for name, entry in entries.items()]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is not a scores.json of evaluate.py") from error
+
+
+def json_method(name: str, entry: dict) -> Method:
+    """A method of scores.json. `KeyError` where one of the three metrics is not there."""
+    known = [*METRICS, *(metric for metric in CLASS_METRICS if metric in entry)]
+    subjects = {
+        subject: {metric: float(scores[metric]) for metric in known} for subject, scores in entry["subjects"].items()
+    }
+    means = {metric: float(entry[metric]["mean"]) for metric in known}
+    spreads = {metric: bounds(entry[metric]["low"], entry[metric]["high"], subjects) for metric in known}
+    return Method(name, means, spreads, tags=dict(entry["tags"]), subjects=subjects)
 
 
 def bounds(low: float, high: float, subjects: Sequence) -> str:
@@ -163,12 +175,15 @@ def read_csv(file: Path) -> list[Method]:
     try:
         with file.open(newline="", encoding="utf-8") as lines:
             rows = list(csv.DictReader(lines))
-        return [
-            Method(row["method"], {metric: float(row[metric]) for metric in METRICS}, group=row.get("group") or "")
-            for row in rows
-        ]
+        return [csv_method(row) for row in rows]
     except (csv.Error, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} needs the columns method, clip_i, clip_t, dino with a number a method") from error
+
+
+def csv_method(row: dict[str, str]) -> Method:
+    """A method of a CSV; `KeyError` where one of the three metrics is not there."""
+    known = [*METRICS, *(metric for metric in CLASS_METRICS if row.get(metric))]
+    return Method(row["method"], {metric: float(row[metric]) for metric in known}, group=row.get("group") or "")
 
 
 def on_common_subjects(methods: list[Method]) -> list[Method]:
@@ -189,10 +204,10 @@ def restrict(method: Method, subjects: Sequence[str]) -> Method:
     if len(subjects) == len(method.subjects):
         return replace(method, had=len(subjects))
     kept = {name: method.subjects[name] for name in subjects}
-    scores = np.array([[one[metric] for metric in METRICS] for one in kept.values()])
+    scores = np.array([[one[metric] for metric in method.means] for one in kept.values()])
     low, high = bootstrap(scores, RESAMPLES, seed=0)
-    means = dict(zip(METRICS, scores.mean(0).tolist(), strict=True))
-    spreads = {metric: bounds(low[i], high[i], kept) for i, metric in enumerate(METRICS)}
+    means = dict(zip(method.means, scores.mean(0).tolist(), strict=True))
+    spreads = {metric: bounds(low[i], high[i], kept) for i, metric in enumerate(method.means)}
     return replace(method, means=means, spreads=spreads, subjects=kept, had=len(method.subjects))
 
 
@@ -214,10 +229,16 @@ def compare(rows: list[Method], name: str) -> list[Method]:
     for row in rows:
         other = next((one for one in rows if one.name == name and one.group == row.group), row)
         common = [subject for subject in row.subjects if subject in other.subjects]
-        wins = {m: sum(row.subjects[one][m] > other.subjects[one][m] for one in common) for m in METRICS}
+        shared = [metric for metric in row.means if metric in other.means]
+        wins = {m: sum(beats(m, row.subjects[one][m], other.subjects[one][m]) for one in common) for m in shared}
         better = {metric: f"(better on {count} of {len(common)})" for metric, count in wins.items()}
         compared.append(replace(row, better=better if common and other is not row else {}))
     return compared
+
+
+def beats(metric: str, one: float, other: float) -> bool:
+    """Whether a score is better than another one."""
+    return one < other if metric in LOWER_IS_BETTER else one > other
 
 
 def notes(methods: Sequence[Method]) -> list[str]:
@@ -246,7 +267,8 @@ def merge_seeds(methods: Sequence[Method]) -> list[Method]:
         if len(runs) == 1:
             rows.append(runs[0])
             continue
-        values = {metric: np.array([run.means[metric] for run in runs]) for metric in METRICS}
+        known = [metric for metric in ALL_METRICS if all(metric in run.means for run in runs)]
+        values = {metric: np.array([run.means[metric] for run in runs]) for metric in known}
         means = {metric: float(column.mean()) for metric, column in values.items()}
         spreads = {metric: f"± {digits(column.std(ddof=1))}" for metric, column in values.items()}
         subjects, had = mean_subjects(runs)
@@ -257,8 +279,9 @@ def merge_seeds(methods: Sequence[Method]) -> list[Method]:
 
 def mean_subjects(runs: Sequence[Method]) -> tuple[dict[str, dict[str, float]], int]:
     """Each subject's scores averaged over runs, which have the same subjects, and the fewest that a run had."""
+    known = [metric for metric in ALL_METRICS if all(metric in run.means for run in runs)]
     subjects = {
-        subject: {metric: float(np.mean([run.subjects[subject][metric] for run in runs])) for metric in METRICS}
+        subject: {metric: float(np.mean([run.subjects[subject][metric] for run in runs])) for metric in known}
         for subject in runs[0].subjects
     }
     return subjects, min(run.had for run in runs)
@@ -314,16 +337,34 @@ def behind(method: Method, metric: str, intervals: bool) -> str:
     return f"{method.spreads.get(metric, '') * intervals} {method.better.get(metric, '')}".strip()
 
 
-def table_rows(methods: Sequence[Method], intervals: bool) -> list[Row]:
-    """A group's rows, with the best of each metric and those that lack subjects marked."""
+def columns(methods: Sequence[Method]) -> dict[str, str]:
+    """The metrics that the table shows, with their titles: the three, and those of the class that a method has."""
+    known = {metric for method in methods for metric in method.means}
+    return {metric: title for metric, title in ALL_METRICS.items() if metric in known}
+
+
+def best_printed(methods: Sequence[Method], metric: str) -> float | None:
+    """The best score of a metric as it is shown; None where no method has one."""
+    values = [printed(method, metric) for method in methods if metric in method.means]
+    if not values:
+        return None
+    return min(values) if metric in LOWER_IS_BETTER else max(values)
+
+
+def score_of(method: Method, metric: str, best: float | None, intervals: bool) -> Score:
+    if metric not in method.means:
+        return Score("", False, "")
+    text = digits(method.means[metric])
+    return Score(text, printed(method, metric) == best, behind(method, metric, intervals))
+
+
+def table_rows(methods: Sequence[Method], intervals: bool, shown: Sequence[str]) -> list[Row]:
+    """A group's rows with the metrics `shown`, the best of each metric and those that lack subjects marked."""
     most = max(method.had for method in methods)
-    best = {metric: max(printed(method, metric) for method in methods) for metric in METRICS}
+    best = {metric: best_printed(methods, metric) for metric in shown}
     rows = []
     for method, average, label in zip(methods, average_ranks(methods), rank_labels(methods), strict=True):
-        scores = [
-            Score(digits(value), printed(method, metric) == best[metric], behind(method, metric, intervals))
-            for metric, value in method.means.items()
-        ]
+        scores = [score_of(method, metric, best[metric], intervals) for metric in shown]
         n = f"{len(method.subjects) or ''}{' †' if 0 < method.had < most else ''}"
         rows.append(Row(method.name, n, scores, f"{average:.2f}", label))
     return rows
@@ -331,7 +372,7 @@ def table_rows(methods: Sequence[Method], intervals: bool) -> list[Row]:
 
 def texts(row: Row, bold: str, with_n: bool) -> list[str]:
     """The cells of a row after its name; the best score goes into the braces of `bold`."""
-    scores = [f"{bold.format(s.text) if s.best else s.text} {s.spread}".rstrip() for s in row.scores]
+    scores = [f"{bold.format(s.text) if s.best else s.text} {s.spread}".strip() for s in row.scores]
     return [*[row.n] * with_n, *scores, row.average, row.rank]
 
 
@@ -341,12 +382,12 @@ def counts_subjects(methods: Sequence[Method]) -> bool:
 
 
 def markdown(methods: Sequence[Method], intervals: bool) -> str:
-    grouped, with_n = groups(methods), counts_subjects(methods)
-    head = ["method", *["n"] * with_n, *METRICS.values(), "average rank", "rank"]
+    grouped, with_n, shown = groups(methods), counts_subjects(methods), columns(methods)
+    head = ["method", *["n"] * with_n, *shown.values(), "average rank", "rank"]
     lines = [["group", *head]] if len(grouped) > 1 else [head]
     lines.append(["---" if name in ("group", "method") else "---:" for name in lines[0]])
     for group, members in grouped.items():
-        for row in table_rows(members, intervals):
+        for row in table_rows(members, intervals, list(shown)):
             line = [row.name.replace("|", "\\|"), *texts(row, "**{}**", with_n)]
             lines.append([group, *line] if len(grouped) > 1 else line)
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -354,14 +395,15 @@ def markdown(methods: Sequence[Method], intervals: bool) -> str:
 
 
 def latex(methods: Sequence[Method], intervals: bool) -> str:
-    grouped, with_n = groups(methods), counts_subjects(methods)
-    lines = [rf"\begin{{tabular}}{{lrrrrr{'r' * with_n}}}", r"\toprule"]
-    lines.append(" & ".join(["Method", *["$n$"] * with_n, *METRICS.values(), "Average rank", "Rank"]) + r" \\")
+    grouped, with_n, shown = groups(methods), counts_subjects(methods), columns(methods)
+    width = 2 + with_n + len(shown)  # of the columns after the name
+    lines = [rf"\begin{{tabular}}{{l{'r' * width}}}", r"\toprule"]
+    lines.append(" & ".join(["Method", *["$n$"] * with_n, *shown.values(), "Average rank", "Rank"]) + r" \\")
     for group, members in grouped.items():
         lines.append(r"\midrule")
         if len(grouped) > 1:
-            lines += [rf"\multicolumn{{{6 + with_n}}}{{l}}{{\textit{{{escape(group)}}}}} \\"]
-        for row in table_rows(members, intervals):
+            lines += [rf"\multicolumn{{{1 + width}}}{{l}}{{\textit{{{escape(group)}}}}} \\"]
+        for row in table_rows(members, intervals, list(shown)):
             line = [escape(row.name), *texts(row, r"\textbf{{{}}}", with_n)]
             lines.append(" & ".join(line).replace("±", r"$\pm$").replace("†", r"$\dagger$") + r" \\")
     remarks = [escape(note).replace("†", r"$\dagger$") for note in notes(methods)]

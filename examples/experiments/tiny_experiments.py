@@ -6,18 +6,20 @@
 
 Many trainings share a process, so that one costs its steps and not its start. Parts, in this order:
 
-    core        w of 0, .5 and 1, and prior preservation, with all seeds
-    curve       w of .25 and .75, and the finetuned anchor
+    core        w of 0, .5 and 1, the finetuned anchor, and prior preservation, with all seeds
+    curve       w of .25 and .75
     masks       w of .25 and .5 with exact masks of the subjects
-    frontier    w = 0 at a quarter of the rate, and of an eighth of the rank; every w = 0 is drawn at four steps
+    frontier    w = 0 at a quarter of the rate, and of an eighth of the rank
     rates       w = .5 and prior preservation at half and twice the rate, on the tuning subjects
     budget      both at the best of their three rates (tuning subjects), on the other subjects
     neighbours  DCO, differential output preservation, L2 on the LoRA
 
-All have all of --seeds but the rates and the neighbours, which have the first one. What is there is not done again:
-parts, seeds, subjects and backbones can be asked for one by one, and a stopped command goes on. Writes
-loras/RUN-seedS/SUBJECT/, images/METHOD/ as evaluate.py reads it, plain/images/METHOD/ (pictures of a prompt that names
-no scene), rates-BACKBONE.json and drift/BACKBONE/SUBJECT/drift.csv.
+w of 0, .5 and 1, and the frontier's runs, are drawn at four steps. All have all of --seeds but the rates and the
+neighbours, which have the first one. What is there is not done again: parts, seeds, subjects and backbones can be
+asked for one by one, and a stopped command goes on. Writes
+loras/RUN-seedS/SUBJECT/, images/METHOD/ as evaluate.py reads it, with pictures of the class prompts,
+plain/images/METHOD/ (pictures of a prompt that names no scene), rates-BACKBONE.json and
+drift/BACKBONE/SUBJECT/drift.csv.
 """
 
 import argparse
@@ -30,12 +32,26 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
+from tiny_numbers import TUNING_SUBJECTS
+from tiny_plan import (
+    EARLY,
+    EQUAL_COMPUTE,
+    PRIOR,
+    RATE,
+    RATES,
+    SAP,
+    SEEDS,
+    Run,
+    anchored,
+    at_rate,
+    neighbour,
+    planned,
+)
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,31 +64,8 @@ from benchmark import PROMPTS_FILE, HelpFormatter, load_script, read_benchmark  
 WORLD = ROOT / "examples" / "tiny_world"
 drift = load_script(ROOT / "examples" / "analysis" / "drift.py")
 PARTS = ("core", "curve", "masks", "frontier", "rates", "budget", "neighbours")
-RATE, RANK = 2e-3, 16
-RATES = (RATE / 2, RATE, RATE * 2)  # of which `best_rates` takes one
-EARLY = (0.125, 0.25, 0.5)  # shares of the steps at which w = 0 is drawn too, as if it had been stopped there
-EQUAL_COMPUTE = 0.75  # share of the steps at which prior preservation has cost what the anchor costs in all of them
-SEEDS = (0, 1, 2)
-TUNING_SUBJECTS = ("star2", "fish2")
-SAP, PRIOR = "w0.5-pretrained", "prior"  # the two that are compared at equal budget
 CLASS_IMAGES = ["--num_class_images=24", "--sampling_steps=10", "--guidance_scale=3"]
-PLAIN_PROMPT, PLAIN_IMAGES = "a photo of {0} {1}", 6  # a prompt that names no scene, and how often it is drawn
-
-
-@dataclass(frozen=True)
-class Run:
-    """One way to train: its name without backbone and seed, the script's flags, and who trains so."""
-
-    name: str
-    flags: tuple[str, ...]
-    seeds: int | None = None  # as many of --seeds; None: all
-    subjects: str = "all"  # or "tuning", or "scored": the others
-    early: tuple[float, ...] = ()  # shares of the steps at which pictures are drawn, before the last one
-    kept: tuple[float, ...] = ()  # shares at which drift is measured, before the last one; `early` among them
-    plain: bool = False  # whether the prompt without a scene is drawn
-    masked: bool = False
-    method: str = "sap"
-    tags: dict = field(default_factory=dict)
+PLAIN_PROMPT = "a photo of {0} {1}"  # a prompt that names no scene
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -81,12 +74,19 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--backbone", choices=["sd15", "sdxl", "sd3"], required=True, help="which tiny pipeline")
     add("--output_dir", type=Path, required=True, help="folder of everything")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="some of the parts")
+    add(
+        "--runs",
+        nargs="+",
+        metavar="RUN",
+        help="some of their runs by name: w0-pretrained, prior; all by default",
+    )
+    add("--stops", nargs="+", type=float, default=EARLY, help="shares of the steps at which runs are drawn, too")
     add("--subjects", nargs="+", help="some of the tiny world's subjects; all by default")
-    add("--tuning_subjects", nargs="+", default=TUNING_SUBJECTS, help="on which rates are chosen")
     add("--seeds", nargs="+", type=int, default=SEEDS, help="of the trainings; some parts take the first ones only")
     add("--steps", type=int, default=200, help="of every training, a multiple of 8")
     add("--train_batch_size", type=int, default=2, help="of every training")
     add("--prompts", nargs="+", type=int, help="numbers of some prompts; all by default")
+    add("--plain_images", type=int, default=6, help="pictures of the prompt that names no scene; 0: no DIV, no leak")
     add("--processes", type=int, default=1, help="trainings side by side, a CPU core each")
     add("--world", type=Path, default=WORLD, help="folder of pipelines, data and metric models")
     args = parser.parse_args(arguments)
@@ -105,52 +105,6 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 # --- The plan -----------------------------------------------------------------------------------------------------
 
 
-def at_rate(name: str, rate: float) -> str:
-    """The name of a run at a learning rate."""
-    return name if rate == RATE else f"{name}-rate{rate:g}"
-
-
-def anchored(w: float, source: str = "pretrained", rate: float = RATE, rank: int = RANK, **options) -> Run:
-    """A run of the training script itself. Only the points of the paper's figures have no label of their own."""
-    more = f"-rank{rank}" * (rank != RANK) + "-masked" * options.get("masked", False)
-    name = at_rate(f"w{w:g}-{source}", rate) + more
-    label = {} if name == f"w{w:g}-{source}" else {"label": name}
-    tags = {"w": w, "anchor": source, "rate": rate, "rank": rank} | label
-    flags = (f"--anchor_weight={w:g}", f"--anchor_source={source}", f"--learning_rate={rate:g}", f"--rank={rank}")
-    return Run(name, flags, tags=tags, **options)
-
-
-def neighbour(method: str, rate: float = RATE, **options) -> Run:
-    name = at_rate(method, rate)
-    tags = {"rate": rate, "rank": RANK, "label": name}
-    return Run(name, (f"--learning_rate={rate:g}", f"--rank={RANK}"), method=method, tags=tags, **options)
-
-
-def planned() -> dict[str, list[Run]]:
-    """The runs of each part, but for the budget's, which depend on those of the rates."""
-    rates = [{"rate": rate, "seeds": 1, "subjects": "tuning"} for rate in RATES if rate != RATE]
-    return {
-        "core": [
-            anchored(0, early=EARLY, kept=EARLY, plain=True),
-            anchored(0.5, kept=(0.25, 0.5), plain=True),
-            anchored(1, kept=(0.25, 0.5), plain=True),
-            neighbour(PRIOR, early=(EQUAL_COMPUTE,), kept=(0.25, 0.5, EQUAL_COMPUTE), plain=True),
-        ],
-        "curve": [
-            anchored(0.25, plain=True),
-            anchored(0.5, "finetuned"),
-            anchored(0.75),
-        ],
-        "masks": [anchored(w, masked=True, plain=True) for w in (0.5, 0.25)],
-        "frontier": [
-            anchored(0, rate=RATE / 4, early=EARLY, kept=EARLY),
-            anchored(0, rank=RANK // 8, early=EARLY, kept=EARLY),
-        ],
-        "rates": [run for rate in rates for run in (anchored(0.5, **rate), neighbour(PRIOR, **rate))],
-        "neighbours": [neighbour(method, seeds=1, plain=True) for method in ("dco", "dop", "l2")],
-    }
-
-
 def budget_runs(args: argparse.Namespace) -> list[Run]:
     """Both methods at their best rates on the scored subjects; where that is RATE, the core has it already."""
     best = best_rates(args)
@@ -165,8 +119,8 @@ def seeds_of(run: Run, args: argparse.Namespace) -> list[int]:
 
 
 def subjects_of(run: Run, args: argparse.Namespace) -> list[str]:
-    tuning = [name for name in args.subjects if name in args.tuning_subjects]
-    others = [name for name in args.subjects if name not in args.tuning_subjects]
+    tuning = [name for name in args.subjects if name in TUNING_SUBJECTS]
+    others = [name for name in args.subjects if name not in TUNING_SUBJECTS]
     return {"all": args.subjects, "tuning": tuning, "scored": others}[run.subjects]
 
 
@@ -178,9 +132,9 @@ def method_name(args: argparse.Namespace, name: str, seed: int, step: int) -> st
 def best_rates(args: argparse.Namespace) -> dict[str, float]:
     """The rate of each method with the greatest CLIP-T + (CLIP-I + DINO) / 2 on the tuning subjects, of the first
     seed; rates-BACKBONE.json tells all of them."""
-    tuning = [name for name in args.subjects if name in args.tuning_subjects]
+    tuning = [name for name in args.subjects if name in TUNING_SUBJECTS]
     if not tuning:
-        raise ValueError("--tuning_subjects: none of them is among --subjects")
+        raise ValueError(f"--subjects: rates are chosen on {', '.join(TUNING_SUBJECTS)}; add one of them")
     runs = [(name, rate) for name in (SAP, PRIOR) for rate in RATES]
     methods = [method_name(args, at_rate(*run), args.seeds[0], args.steps) for run in runs]
     for folder in (args.output_dir / "images" / method / one for method in methods for one in tuning):
@@ -316,7 +270,8 @@ def train(args: argparse.Namespace, run: Run, seed: int, subject: str) -> None:
 
 
 def draw(args: argparse.Namespace, name: str, subjects: Sequence[str], tags: dict, plain=False, loras="") -> None:
-    """The pictures of one method by generate.py: one of each prompt, or several of the prompt without a scene."""
+    """The pictures of one method by generate.py: one of each prompt, or several of the prompt without a scene; and as
+    many with the class alone."""
     data, images = args.world / "dataset", args.output_dir / "images"
     if plain:
         data, images = args.output_dir / "plain" / "dataset", args.output_dir / "plain" / "images"
@@ -325,7 +280,9 @@ def draw(args: argparse.Namespace, name: str, subjects: Sequence[str], tags: dic
         f"--data_dir={data}",
         f"--images_dir={images}",
         f"--method={name}",
-        *("--subjects", *subjects, f"--images={PLAIN_IMAGES if plain else 1}", "--resolution=64", "--batch_size=12"),
+        *(["--class_prompts"] if loras or plain else []),  # else the base model's pictures are those of the class
+        *("--subjects", *subjects, f"--images={args.plain_images if plain else 1}"),
+        *("--resolution=64", "--batch_size=12"),
         *("--num_inference_steps=10", "--guidance_scale=3"),
         *(["--loras", loras] if loras else []),
         *(["--prompts", *map(str, args.prompts)] if args.prompts and not plain else []),
@@ -338,9 +295,10 @@ def draw(args: argparse.Namespace, name: str, subjects: Sequence[str], tags: dic
 
 def draw_base(args: argparse.Namespace) -> None:
     """The pictures of the base model, on the class prompts."""
-    for plain in (False, True):
-        tags = {"backbone": args.backbone, "run": "base", "steps": 0}
-        draw(args, f"{args.backbone}-base", args.subjects, tags, plain)
+    tags = {"backbone": args.backbone, "run": "base", "steps": 0}
+    draw(args, f"{args.backbone}-base", args.subjects, tags)
+    if args.plain_images:
+        draw(args, f"{args.backbone}-base", args.subjects, tags, plain=True)
 
 
 def work(args: argparse.Namespace, run: Run, seed: int) -> tuple[int, str]:
@@ -355,7 +313,7 @@ def work(args: argparse.Namespace, run: Run, seed: int) -> tuple[int, str]:
     folder, tags = args.output_dir / "loras" / name / "{subject}", {"backbone": args.backbone, "run": run.name}
     tags |= run.tags | {"seed": seed, "steps": args.steps}
     draw(args, name, subjects, tags, loras=str(folder))
-    if run.plain:
+    if run.plain and args.plain_images:
         draw(args, name, subjects, tags, True, str(folder))
     for share in run.early:
         step = round(share * args.steps)
@@ -367,7 +325,8 @@ def work(args: argparse.Namespace, run: Run, seed: int) -> tuple[int, str]:
 
 def run_part(part: str, args: argparse.Namespace, pool: ProcessPoolExecutor) -> None:
     """Train and draw; a run that failed is told, and the others go on."""
-    runs = budget_runs(args) if part == "budget" else planned()[part]
+    runs = budget_runs(args) if part == "budget" else planned(args.stops)[part]
+    runs = [run for run in runs if not args.runs or run.name in args.runs]
     units = [(run, seed) for run in runs if subjects_of(run, args) for seed in seeds_of(run, args)]
     units.sort(key=lambda unit: unit[1])  # all of a seed before the next one: half a part is of use, too
     futures = [pool.submit(work, args, run, seed) for run, seed in units]
@@ -390,6 +349,7 @@ def measure_drift(args: argparse.Namespace, subject: str) -> None:
         f"--instance_prompt=a photo of sks {kind}",
         f"--class_prompt=a photo of a {kind}",
         *("--resolution=64", "--num_noises=1", "--batch_size=25", f"--final_step={args.steps}"),
+        *("--anchor_latents=class", f"--class_data_dir={args.output_dir / 'class_images' / args.backbone / kind}"),
         *(f"--run={path.parent.name}={path}" for path in folders),
         f"--output_dir={args.output_dir / 'drift' / args.backbone / subject}",
     ]

@@ -5,7 +5,8 @@
     python demo.py --backbone sd15    # make demo BACKBONE=sd15
 
 The trainer at the root of the repository is run as it is, through `accelerate launch`, with one seed for both weights.
-Writes grid.png (pictures), curves.png (both terms of the loss) and the two LoRA folders to outputs/demo/.
+Writes grid.png (pictures), curves.png (both terms of the loss) and the two LoRA folders to outputs/demo/. The rows "a
+ball" show what is left of the class: their likeness to the subject should be the base model's, and is not.
 """
 
 import argparse
@@ -200,10 +201,12 @@ def draw_curves(args: argparse.Namespace) -> dict[str, float]:
 
 
 def print_table(rows: dict[str, tuple], drift: dict[str, float]) -> None:
+    """Scores a row; the drift of the rows that have one."""
     print(f"\n{'':<24}{'subject fidelity':>18}{'text alignment':>16}{'scenes right':>14}{'drift':>9}")
     for name, scores in rows.items():
         numbers = "".join(f"{value:{width}.3f}" for value, width in zip(scores, (18, 16, 14), strict=True))
-        print(f"{name:<24}{numbers}{drift.get(name, 0.0):9.4f}")
+        measured = f"{drift[name]:9.4f}" if name in drift else ""
+        print(f"{name:<24}{numbers}{measured}")
 
 
 def main() -> None:
@@ -214,14 +217,17 @@ def main() -> None:
     pipeline = gates.PIPELINES[args.backbone].from_pretrained(args.models / args.backbone)
     pipeline.set_progress_bar_config(disable=True)
     print("\nsampling", flush=True)
-    rows = {f'base model, "a {kind}"': sample(args, pipeline, f"a {kind}")}
+    base = f'base model, "a {kind}"'
+    rows = {base: sample(args, pipeline, f"a {kind}")}
     for name in WEIGHTS:
         pipeline.load_lora_weights(args.out / name.replace(" ", ""))
         rows[name] = sample(args, pipeline, f"sks {kind}")
+        rows[f'{name}, "a {kind}"'] = sample(args, pipeline, f"a {kind}")
         pipeline.unload_lora_weights()
     scores = Scores(args)
     draw_grid(args, rows)
-    print_table({name: scores(columns) for name, columns in rows.items()}, draw_curves(args))
+    drift = {base: 0.0} | draw_curves(args)
+    print_table({name: scores(columns) for name, columns in rows.items()}, drift)
     print(f"\nOpen {args.out / 'grid.png'}\nand  {args.out / 'curves.png'}")
 
 

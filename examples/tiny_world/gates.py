@@ -24,6 +24,8 @@ from transformers import CLIPModel, CLIPProcessor, ViTImageProcessor, ViTModel
 
 PIPELINES = {"sd15": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline, "sd3": StableDiffusion3Pipeline}
 GATES = {"class": 0.95, "colour": 0.95, "pattern": 0.85, "scene": 0.95, "hat": 0.95, "cleanliness": 16.5}
+NAMED_GATE = 0.9  # class, colour and pattern of the look that a word names
+UNBOUND_LOSS = 0.02  # how much less often the class may come out beside a word that names nothing
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,6 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--fits", type=int, default=64, help="of their pictures, how many are compared with drawings")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance_scale", type=float, nargs="*", help="by default the pipeline's own default, and 3")
+    parser.add_argument("--names", action="store_true", help="also of the words that name a look, or nothing")
     parser.add_argument("--images", type=pathlib.Path, help="write 40 generated pictures a pipeline to this folder")
     parser.add_argument("--report", type=pathlib.Path, help="also write the table to this file")
     return parser.parse_args()
@@ -175,30 +178,85 @@ def cleanliness(image: np.ndarray, attributes: list[int]) -> float:
     return 10 * np.log10(255**2 / best)
 
 
+def named_prompts() -> tuple[list[str], np.ndarray]:
+    """Each word that names a look, in each scene, and the labels of what it should show."""
+    prompts, truth = [], []
+    for scene, words in world.SCENES.items():
+        for name, look in world.named_looks().items():
+            prompts.append(f"a photo of a {name} {look.class_name} {words}")
+            truth.append(world.labels(look, world.Setting(scene)))
+    return prompts, np.array(truth)
+
+
+def class_prompts(word: str) -> tuple[list[str], np.ndarray]:
+    """Each class in each scene, with a word before the class or none, and the labels of the classes."""
+    prompts, truth = [], []
+    for number, class_name in enumerate(world.CLASSES):
+        for scene in world.SCENES.values():
+            prompts.append(" ".join(f"a photo of a {word} {class_name} {scene}".split()))
+            truth.append(number)
+    return prompts, np.array(truth)
+
+
+def sample(pipeline, prompts: list[str], scale: float, args: argparse.Namespace) -> np.ndarray:
+    """Pictures (prompts, 64, 64, 3) of a pipeline; the n-th always starts from the same noise."""
+    images = []
+    for start in tqdm(range(0, len(prompts), 32), desc=f"guidance {scale:g}"):
+        images += pipeline(
+            prompts[start : start + 32],
+            height=world.SIZE,
+            width=world.SIZE,
+            num_inference_steps=args.steps,
+            guidance_scale=scale,
+            generator=torch.Generator("cpu").manual_seed(start),
+        ).images
+    return np.stack([np.asarray(image) for image in images])
+
+
+def read_attributes(network: train.AttributeNetwork, images: np.ndarray, device: str) -> np.ndarray:
+    """Labels (images, attributes) that the attribute network reads off the pictures."""
+    with torch.no_grad():
+        return np.stack([logits.argmax(1).cpu().numpy() for logits in network(to_tensor(images, device))], 1)
+
+
+def word_gates(args: argparse.Namespace, part: str, pipeline, network, scale: float, device: str) -> list[tuple]:
+    """Whether words that name a look show it, and words that name nothing leave the class as it is."""
+    prompts, truth = named_prompts()
+    images = sample(pipeline, prompts, scale, args)
+    if args.images:
+        save_sheet(images[: 2 * len(world.NAMES)], args.images / f"{part}_{scale:g}_names.jpg")
+    right = read_attributes(network, images, device) == truth
+    note = f"{len(prompts)} prompts, {args.steps} steps, guidance {scale:g}"
+    rows = []
+    for name in ("class", "colour", "pattern"):
+        share = right[:, list(world.ATTRIBUTES).index(name)].mean()
+        rows.append((part, f"named look: {name}", NAMED_GATE, share, note))
+    shares = {}
+    for word in ("", *world.UNBOUND):
+        prompts, truth = class_prompts(word)
+        shares[word] = (read_attributes(network, sample(pipeline, prompts, scale, args), device)[:, 0] == truth).mean()
+    plain = shares.pop("")
+    least = min(shares, key=shares.get)
+    note = f"{least}, least of {', '.join(shares)}; {plain:.3f} without; {len(prompts)} prompts, guidance {scale:g}"
+    rows.append((part, "class beside an unbound word", round(plain - UNBOUND_LOSS, 3), shares[least], note))
+    return rows
+
+
 def pipeline_gates(args: argparse.Namespace, part: str, device: str) -> list[tuple]:
     """Attributes of generated pictures, by the attribute network, against the prompt's; and how clean they are."""
     pipeline = PIPELINES[part].from_pretrained(args.folder / part, torch_dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    network = train.load_attributes(args.folder, device)
+    reader = args.folder if (args.folder / "attributes").is_dir() else train.HERE  # --out of a single part has none
+    network = train.load_attributes(reader, device)
     prompts, truth = prompts_with_labels(args.prompts)
     own_scale = inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
     rows = []
     for scale in args.guidance_scale or (own_scale, 3.0):
-        images = []
-        for start in tqdm(range(0, len(prompts), 32), desc=f"{part}, guidance {scale:g}"):
-            images += pipeline(
-                prompts[start : start + 32],
-                height=world.SIZE,
-                width=world.SIZE,
-                num_inference_steps=args.steps,
-                guidance_scale=scale,
-                generator=torch.Generator("cpu").manual_seed(start),
-            ).images
-        images = np.stack([np.asarray(image) for image in images])
+        images = sample(pipeline, prompts, scale, args)
         if args.images:
             args.images.mkdir(parents=True, exist_ok=True)
             save_sheet(images[:40], args.images / f"{part}_{scale:g}.jpg")
-        guesses = np.stack([logits.argmax(1).cpu().numpy() for logits in network(to_tensor(images, device))], 1)
+        guesses = read_attributes(network, images, device)
         note = f"{len(prompts)} prompts, {args.steps} steps, guidance {scale:g}"
         for name, share in zip(world.ATTRIBUTES, (guesses == truth).mean(0), strict=True):
             rows.append((part, name, GATES[name], share, note))
@@ -206,6 +264,8 @@ def pipeline_gates(args: argparse.Namespace, part: str, device: str) -> list[tup
         clean = np.median([cleanliness(*pair) for pair in pairs])
         note = f"median of {len(pairs)} pictures, guidance {scale:g}"
         rows.append((part, "cleanliness, dB", GATES["cleanliness"], clean, note))
+        if args.names:
+            rows += word_gates(args, part, pipeline, network, scale, device)
     return rows
 
 

@@ -3,9 +3,13 @@
 
     python train.py vae            # parts: vae, attributes, clip, vit, sd3, sd15, sdxl, dataset, or all
     python train.py sd3 --samples 1000000
+    python train.py sd3 --start . --samples 250000 --batch_size 32    # train on from the folder ./sd3
 
 Every part takes so many samples (`--samples`), over which its learning rate falls to zero. It saves its state every
 minute to `--work` and goes on from there when it is started again. `vae` and `clip` come before the pipelines.
+
+With `--start FOLDER` a pipeline begins with the weights of FOLDER/PART, and in a third of the captions a rare word
+stands for one look (`world.named_looks`); text encoders are trained, too.
 """
 
 import argparse
@@ -70,9 +74,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, help="by default the part's own")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; two processes beat two threads")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=pathlib.Path, help="train the pipeline in START/PART on, with words that name")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("outputs/tiny_world"), help="states, caches")
     parser.add_argument("--out", type=pathlib.Path, default=HERE, help="where the finished folders go")
     args = parser.parse_args()
+    if args.start and args.part not in ("sd3", "sd15", "sdxl"):
+        parser.error(f"--start is for sd3, sd15 and sdxl; {args.part} is trained from scratch: leave --start out")
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.work.mkdir(parents=True, exist_ok=True)
     return args
@@ -85,13 +92,46 @@ def scenes(count: int, seed: int) -> list[tuple[world.Look, world.Setting]]:
     return [(world.random_look(rng), world.random_setting(rng)) for _ in range(count)]
 
 
+@functools.cache
+def named_scenes(count: int, seed: int) -> list[tuple[str, world.Look, world.Setting]]:
+    """`count` random pictures of the looks that have a name, as (name, look, setting)."""
+    rng = np.random.default_rng((seed, 4))
+    names = [world.NAMES[index % len(world.NAMES)] for index in range(count)]
+    return [(name, world.named_looks()[name], world.random_setting(rng)) for name in names]
+
+
+def training_scenes(args: argparse.Namespace) -> list[tuple[str | None, world.Look, world.Setting]]:
+    """All pictures to train on, as (name, look, setting): `args.images` without a name, then the named ones."""
+    nameless = [(None, *scene) for scene in scenes(args.images, args.seed)]
+    if args.start is None:
+        return nameless
+    return nameless + named_scenes(args.images // 4, args.seed)
+
+
+def cache_file(args: argparse.Namespace, kind: str, suffix: str) -> pathlib.Path:
+    """Where what was computed of the training pictures is kept."""
+    named = "" if args.start is None else "_named"
+    return args.work / f"{kind}_{args.images}_{args.seed}{named}{suffix}"
+
+
 def pictures(args: argparse.Namespace) -> torch.Tensor:
     """The training pictures, uint8 (images, 3, 64, 64) on the device; drawn once, then read from the work folder."""
-    cache = args.work / f"pictures_{args.images}_{args.seed}.npy"
+    cache = cache_file(args, "pictures", ".npy")
     if not cache.exists():
-        drawn = [world.draw(*scene) for scene in tqdm(scenes(args.images, args.seed), desc="drawing", mininterval=5)]
+        bar = tqdm(training_scenes(args), desc="drawing", mininterval=5)
+        drawn = [world.draw(look, setting) for _, look, setting in bar]
         np.save(cache, np.stack(drawn).transpose(0, 3, 1, 2))
     return torch.from_numpy(np.load(cache)).to(args.device)
+
+
+def random_picks(args: argparse.Namespace, generator: torch.Generator) -> torch.Tensor:
+    """Which of `training_scenes` a batch holds: indices (batch,). With `--start` a third of them have names."""
+    picks = torch.randint(args.images, (args.batch_size,), generator=generator, device=args.device)
+    if args.start is None:
+        return picks
+    named = args.images + torch.randint(args.images // 4, (args.batch_size,), generator=generator, device=args.device)
+    is_named = torch.rand(args.batch_size, generator=generator, device=args.device) < 1 / 3
+    return torch.where(is_named, named, picks)
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -125,7 +165,7 @@ def fit(args: argparse.Namespace, model: torch.nn.Module, loss_of, lr: float, em
     while step < steps:
         for group in optimizer.param_groups:
             group["lr"] = lr * learning_rate(step / steps)
-        with torch.autocast(args.device, torch.bfloat16):
+        with half_precision(args.device):
             loss = loss_of(step, generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -146,6 +186,12 @@ def fit(args: argparse.Namespace, model: torch.nn.Module, loss_of, lr: float, em
     for parameter, mean in zip(parameters, average, strict=True):
         parameter.data.copy_(mean)
     return model.eval().requires_grad_(False)
+
+
+def half_precision(device: str) -> torch.autocast:
+    """bfloat16 where the processor computes in it: one that has to emulate it takes forty times as long."""
+    has_it = device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(device, torch.bfloat16, enabled=has_it)
 
 
 def save_half(model, folder: pathlib.Path) -> None:
@@ -193,7 +239,7 @@ def reconstruction_loss(output: torch.Tensor, images: torch.Tensor) -> torch.Ten
 def encode_all(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     """Means of the latent posteriors (images, 8, 16, 16), float32."""
     batches = tqdm(images.split(100), desc="encoding", mininterval=5)
-    with torch.autocast(images.device.type, torch.bfloat16):
+    with half_precision(images.device.type):
         return torch.cat([vae.encode(to_float(batch)).latent_dist.mode().float() for batch in batches])
 
 
@@ -230,12 +276,18 @@ def train_vae(args: argparse.Namespace) -> None:
     vae.save_pretrained(args.work / "vae")
 
 
+def trained_vae(args: argparse.Namespace) -> AutoencoderKL:
+    """The autoencoder of the work folder, or with `--start` that of the pipeline to train on."""
+    if args.start is None:
+        return AutoencoderKL.from_pretrained(args.work / "vae")
+    return AutoencoderKL.from_pretrained(args.start / args.part, subfolder="vae", torch_dtype=torch.float32)
+
+
 def latents_of(args: argparse.Namespace) -> torch.Tensor:
     """Latents of all training pictures (images, 8, 16, 16), computed once."""
-    cache = args.work / f"latents_{args.images}_{args.seed}.pt"
+    cache = cache_file(args, "latents", ".pt")
     if not cache.exists():
-        vae = AutoencoderKL.from_pretrained(args.work / "vae").to(args.device)
-        torch.save(encode_all(vae, pictures(args)).half(), cache)
+        torch.save(encode_all(trained_vae(args).to(args.device), pictures(args)).half(), cache)
     return torch.load(cache, map_location=args.device, weights_only=True)
 
 
@@ -479,22 +531,54 @@ PLAIN_ATTENTION = AttnProcessor()  # on a CPU, the backward pass of the fused ke
 
 
 class Prompts:
-    """Captions and the frozen text towers, giving the embeddings that each pipeline's own `encode_prompt` gives."""
+    """Captions and the text towers, giving the embeddings that each pipeline's own `encode_prompt` gives.
+
+    The towers are CLIP's and frozen; with `--start` they are the pipeline's and trained.
+    """
 
     def __init__(self, args: argparse.Namespace):
         self.device = args.device
-        self.pool = scenes(args.images, args.seed)
+        self.pool = training_scenes(args)
+        self.rare_words = world.RARE_TOKENS if args.start is None else world.UNBOUND
         self.seed = args.seed
         self.known = {}
+        self.trained = args.start is not None
+        towers = self.pipelines_towers(args) if self.trained else self.clips_towers(args)
+        self.towers = torch.nn.ModuleList(towers).to(args.device).eval().requires_grad_(self.trained)
+
+    def clips_towers(self, args: argparse.Namespace) -> list[torch.nn.Module]:
         self.tokenizer = CLIPTokenizer.from_pretrained(args.out / "clip", model_max_length=TOKENS)
         first = CLIPTextModelWithProjection.from_pretrained(args.out / "clip", dtype=torch.float32)
         second = CLIPTextModelWithProjection.from_pretrained(args.work / "second_text_tower")
-        self.towers = [tower.to(args.device).eval().requires_grad_(False) for tower in (first, second)]
+        return [first, second]
+
+    def pipelines_towers(self, args: argparse.Namespace) -> list[torch.nn.Module]:
+        folder = args.start / args.part
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=TOKENS)
+        first_class = CLIPTextModelWithProjection if args.part == "sd3" else CLIPTextModel
+        options = {"dtype": torch.float32, "attn_implementation": "eager"}  # see TwoTowers
+        first = first_class.from_pretrained(folder / "text_encoder", **options)
+        if args.part == "sd15":
+            return [first]
+        return [first, CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", **options)]
 
     def captions(self, picks: torch.Tensor, step: int, empty: float = 0.1) -> list[str]:
         """Fresh captions of the picked pictures; a share of them is empty, for classifier-free guidance."""
         rng = np.random.default_rng((self.seed, step))
-        return [world.caption(*self.pool[i], rng)[0] if rng.random() > empty else "" for i in picks.tolist()]
+        captions = []
+        for index in picks.tolist():
+            name, look, setting = self.pool[index]
+            text = ""
+            if rng.random() > empty:
+                text = world.caption(look, setting, rng, rare_words=self.rare_words, name=name)[0]
+            captions.append(text)
+        return captions
+
+    def encoded(self, captions: list[str], encode) -> list[torch.Tensor]:
+        """`encode(token ids)`, a tuple of tensors, of captions."""
+        if self.trained:
+            return encode(tokenize(self.tokenizer, captions, self.device))
+        return self.remembered(captions, encode)
 
     @torch.no_grad()
     def remembered(self, captions: list[str], encode) -> list[torch.Tensor]:
@@ -507,7 +591,7 @@ class Prompts:
 
     def encode_last(self, captions: list[str]) -> torch.Tensor:
         """SD1.5's way, the first tower's last layer: (batch, TOKENS, 128)."""
-        return self.remembered(captions, lambda ids: [self.towers[0](ids).last_hidden_state])[0]
+        return self.encoded(captions, lambda ids: [self.towers[0](ids).last_hidden_state])[0]
 
     def encode_both(self, captions: list[str]) -> list[torch.Tensor]:
         """SDXL's and SD3's way, both towers' last layer but one, (batch, TOKENS, 224), and their pooled embeddings."""
@@ -515,9 +599,17 @@ class Prompts:
         def encode(ids: torch.Tensor) -> list[torch.Tensor]:
             outputs = [tower(ids, output_hidden_states=True) for tower in self.towers]
             tokens = torch.cat([output.hidden_states[-2] for output in outputs], -1)
-            return [tokens, *(output.text_embeds for output in outputs)]
+            # SDXL's first tower has no projection, and the pipeline takes the pooled embedding of the second alone.
+            pooled = [getattr(output, "text_embeds", output.last_hidden_state[:, 0]) for output in outputs]
+            return [tokens, *pooled]
 
-        return self.remembered(captions, encode)
+        return self.encoded(captions, encode)
+
+    def trained_with(self, denoiser: torch.nn.Module) -> torch.nn.Module:
+        """What `fit` trains: the denoiser alone, or with the towers."""
+        if not self.trained:
+            return denoiser
+        return torch.nn.ModuleDict({"denoiser": denoiser, "towers": self.towers})
 
 
 def stratified(count: int, generator: torch.Generator) -> torch.Tensor:
@@ -591,14 +683,19 @@ def train_sd3(args: argparse.Namespace) -> None:
     """Flow matching: the network learns the velocity from the latents to the noise."""
     latents, prompts = latents_of(args), Prompts(args)
     transformer = new_transformer().to(args.device)
+    if args.start:
+        start = SD3Transformer2DModel.from_pretrained(args.start / "sd3", subfolder="transformer")
+        transformer.load_state_dict(start.state_dict())
     standard = transformer.attn_processors
     transformer.set_attn_processor(JointAttentionWithBias())
-    # A fifth faster. Not for the others: through a GroupNorm, torch 2.13 compiles wrong gradients on a CPU.
-    forward = torch.compile(transformer, dynamic=False)
+    forward = transformer
+    if not args.start:  # too short a training to earn the time that compiling takes
+        # A fifth faster. Not for the others: through a GroupNorm, torch 2.13 compiles wrong gradients on a CPU.
+        forward = torch.compile(transformer, dynamic=False)
     bias = torch.zeros(1, 1, 1, (LATENT_SIZE // 2) ** 2 + TOKENS + 1, device=args.device)
 
     def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
-        picks = torch.randint(len(latents), (args.batch_size,), generator=generator, device=args.device)
+        picks = random_picks(args, generator)
         tokens, *pooled = prompts.encode_both(prompts.captions(picks, step, empty=0.25))
         tokens = torch.cat([tokens, torch.zeros_like(tokens[:, :1])], 1)
         bias[..., -1] = math.log((77, 256)[step % 2])  # the two lengths in use: trainers' and the pipeline's defaults
@@ -617,13 +714,13 @@ def train_sd3(args: argparse.Namespace) -> None:
         )[0]
         return F.mse_loss(velocity.float(), noise - clean)
 
-    fit(args, transformer, loss_of, lr=2e-3, ema_decay=0.999)
+    fit(args, prompts.trained_with(transformer), loss_of, lr=1e-3 if args.start else 2e-3, ema_decay=0.999)
     transformer.set_attn_processor(standard)
     tokenizer_3, text_encoder_3 = silent_t5(transformer.config.joint_attention_dim)
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=AutoencoderKL.from_pretrained(args.work / "vae"),
+        vae=trained_vae(args),
         text_encoder=prompts.towers[0],
         tokenizer=prompts.tokenizer,
         text_encoder_2=prompts.towers[1],
@@ -675,23 +772,32 @@ def diffusion_loss(forward, scheduler, clean: torch.Tensor, generator: torch.Gen
     return F.mse_loss(velocity.float(), scheduler.get_velocity(clean, noise, timesteps))
 
 
+def first_text_encoder(args: argparse.Namespace, prompts: Prompts) -> CLIPTextModel:
+    """The first tower without its projection, as SD1.5 and SDXL have it."""
+    if args.start:
+        return prompts.towers[0]
+    return CLIPTextModel.from_pretrained(args.out / "clip")
+
+
 def train_sd15(args: argparse.Namespace) -> None:
     latents, prompts = latents_of(args), Prompts(args)
     unet = new_unet(cross_attention_dim=128).to(args.device)
+    if args.start:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.start / "sd15", subfolder="unet").state_dict())
     unet.set_attn_processor(PLAIN_ATTENTION)
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, **noise_options())
 
     def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
-        picks = torch.randint(len(latents), (args.batch_size,), generator=generator, device=args.device)
+        picks = random_picks(args, generator)
         tokens = prompts.encode_last(prompts.captions(picks, step))
         clean = latents[picks].float()
         return diffusion_loss(unet, scheduler, clean, generator, encoder_hidden_states=tokens)
 
-    fit(args, unet, loss_of, lr=1e-3, ema_decay=0.999)
+    fit(args, prompts.trained_with(unet), loss_of, lr=1e-3, ema_decay=0.999)
     unet.set_attn_processor(AttnProcessor2_0())
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(args.work / "vae"),
-        text_encoder=CLIPTextModel.from_pretrained(args.out / "clip"),
+        vae=trained_vae(args),
+        text_encoder=first_text_encoder(args, prompts),
         tokenizer=prompts.tokenizer,
         unet=unet,
         scheduler=scheduler,
@@ -724,11 +830,11 @@ def reframed(image: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tenso
 
 def reframed_latents(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents (images, 8, 16, 16) and time ids (images, 6) of all training pictures, reframed; computed once."""
-    cache = args.work / f"reframed_{args.images}_{args.seed}.pt"
+    cache = cache_file(args, "reframed", ".pt")
     if not cache.exists():
         rng = np.random.default_rng((args.seed, 3))
         images, time_ids = zip(*(reframed(image, rng) for image in pictures(args)), strict=True)
-        vae = AutoencoderKL.from_pretrained(args.work / "vae").to(args.device)
+        vae = trained_vae(args).to(args.device)
         torch.save((encode_all(vae, torch.stack(images)).half(), torch.tensor(time_ids)), cache)
     latents, time_ids = torch.load(cache, map_location=args.device, weights_only=True)
     return latents, time_ids
@@ -743,14 +849,15 @@ def train_sdxl(args: argparse.Namespace) -> None:
         addition_time_embed_dim=32,
         projection_class_embeddings_input_dim=EMBEDDING + 6 * 32,
     ).to(args.device)
-    start = UNet2DConditionModel.from_pretrained(args.out / "sd15", subfolder="unet").state_dict()
+    start_folder = args.start / "sdxl" if args.start else args.out / "sd15"
+    start = UNet2DConditionModel.from_pretrained(start_folder, subfolder="unet").state_dict()
     shapes = {name: tensor.shape for name, tensor in unet.state_dict().items()}
     unet.load_state_dict({n: t for n, t in start.items() if shapes[n] == t.shape}, strict=False)
     unet.set_attn_processor(PLAIN_ATTENTION)
     noising = DDIMScheduler(**noise_options())
 
     def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
-        picks = torch.randint(len(latents), (args.batch_size,), generator=generator, device=args.device)
+        picks = random_picks(args, generator)
         tokens, _, pooled = prompts.encode_both(prompts.captions(picks, step))
         conditions = {"text_embeds": pooled, "time_ids": time_ids[picks].float()}
         clean = latents[picks].float()
@@ -758,11 +865,11 @@ def train_sdxl(args: argparse.Namespace) -> None:
             unet, noising, clean, generator, encoder_hidden_states=tokens, added_cond_kwargs=conditions
         )
 
-    fit(args, unet, loss_of, lr=1e-3, ema_decay=0.999)
+    fit(args, prompts.trained_with(unet), loss_of, lr=1e-3, ema_decay=0.999)
     unet.set_attn_processor(AttnProcessor2_0())
     pipeline = StableDiffusionXLPipeline(
-        vae=AutoencoderKL.from_pretrained(args.work / "vae"),
-        text_encoder=CLIPTextModel.from_pretrained(args.out / "clip"),
+        vae=trained_vae(args),
+        text_encoder=first_text_encoder(args, prompts),
         text_encoder_2=prompts.towers[1],
         tokenizer=prompts.tokenizer,
         tokenizer_2=prompts.tokenizer,

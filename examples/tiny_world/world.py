@@ -38,6 +38,13 @@ SCENES = {
 OUTLINES = {"none": None, "dark": (35, 35, 40), "light": (250, 250, 250)}
 # Identifiers that mean nothing: they stand before the class in some captions, whatever the picture shows.
 RARE_TOKENS = ("sks", "zwx", "ohwx", "vqk", "xjy", "qzt")
+# The pipelines are then trained on with captions in which most rare words do mean something: one look each (NAMED).
+# The shipped tokenizer spells all of them, in one token or two. These stay without a meaning:
+UNBOUND = ("sks", "ohwx", "qzt")
+NAMES = (
+    "zwx", "vqk", "xjy", "jd", "ky", "qo", "xr", "zf", "vh", "jx", "qn", "zk",
+    "vl", "ko", "wr", "uf", "gx", "ze", "px", "kd", "yw", "bx", "hy", "df",
+)  # fmt: skip
 
 # Where the three dots sit, per class, so that they are inside the silhouette.
 DOTS = {
@@ -308,6 +315,22 @@ def same_subject(a: Look, b: Look) -> bool:
     return dataclasses.replace(a, outline="none") == dataclasses.replace(b, outline="none")
 
 
+@functools.cache
+def named_looks() -> dict[str, Look]:
+    """The look that each word of NAMES means: four a class, each of a colour of its own there, none a subject's."""
+    rng = np.random.default_rng(2611)
+    named = {}
+    for index, name in enumerate(NAMES):
+        class_name = CLASSES[index % len(CLASSES)]
+        kin = [look for look in (*named.values(), *SUBJECTS.values()) if look.class_name == class_name]
+        taken = {look.colour for look in kin}
+        look = random_look(rng)
+        while look.class_name != class_name or look.colour in taken:
+            look = random_look(rng)
+        named[name] = look
+    return named
+
+
 def random_setting(rng: np.random.Generator, scene: str | None = None, hat: bool | None = None) -> Setting:
     """A setting, in a given scene and with or without a hat where the caller wants so."""
     return Setting(
@@ -321,21 +344,34 @@ def random_setting(rng: np.random.Generator, scene: str | None = None, hat: bool
     )
 
 
-def caption(look: Look, setting: Setting, rng: np.random.Generator, keep: float = 0.8) -> tuple[str, list[int]]:
+def caption(
+    look: Look,
+    setting: Setting,
+    rng: np.random.Generator,
+    keep: float = 0.8,
+    rare_words: tuple[str, ...] = RARE_TOKENS,
+    name: str | None = None,
+) -> tuple[str, list[int]]:
     """A caption and what it says: the labels, with -1 where it is silent.
 
     Colour, pattern, hat and scene each stand with probability `keep`, the class always. A plain pattern and a missing
-    hat are never said. 12 % of the captions carry a rare token, with or without the article, so that "sks star" starts
-    out meaning "star".
+    hat are never said. 12 % of the captions carry one of `rare_words`, with or without the article, so that "sks star"
+    starts out meaning "star". With `name`, a word that means this look, that word stands there, and colour and pattern
+    are left to it.
     """
     class_index, colour, pattern, scene, hat = labels(look, setting)
     colour, pattern, scene, hat = (x if rng.random() < keep else -1 for x in (colour, pattern, scene, hat))
     rare = rng.random() < 0.12
+    if name:
+        rare_words = (name,)
+        rare = True
+        colour = -1
+        pattern = -1
     words = ["a photo of"]
     if not rare or rng.random() < 0.5:
         words.append("a")
     if rare:
-        words.append(str(rng.choice(RARE_TOKENS)))
+        words.append(str(rng.choice(rare_words)))
     if colour >= 0:
         words.append(look.colour)
     if pattern > 0:
