@@ -394,7 +394,7 @@ def test_control_characters_do_not_reach_the_terminal(sd15, tmp_path):
     (folder / "\x1b]0;title\x07.xyz").write_text("")
     (folder / "00.txt").write_text("sks \x1b[2J dog")
     process = start(flags(sd15, folder, tmp_path / "out", steps=1))
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "\\x1b]0;title\\x07.xyz" in err
     assert not any(letter in out + err for letter in ("\x1b[31m", "\x1b]0", "\x1b[2J", "\x07"))
