@@ -317,14 +317,15 @@ def filled(page: str, made: dict[str, str]) -> str:
         ValueError: for a table that has a beginning and no end.
     """
     for name, text in made.items():
-        first, last = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        first = f"<!-- {name} -->\n"
+        last = f"<!-- end of {name} -->"
         if first not in page:
             continue
         before, _, rest = page.partition(first)
         _, end, after = rest.partition(last)
         if not end:
-            raise ValueError(f"--page: the table {name} has no line {last.strip()}")
-        page = before + first + text + last + after
+            raise ValueError(f"--page: the table {name} has no line {last}")
+        page = f"{before}{first}{text}\n{last}{after}"
     return page
 
 
