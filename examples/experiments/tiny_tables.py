@@ -201,7 +201,7 @@ def frontier(backbones: list[Found], counts: bool = True) -> str:
     text = table(["", "", *titles, *[COUNT] * counts], rows)
     if sides:
         text += f"\n\nOf {len(sides)} intervals {sides.count(1)} are above zero and {sides.count(-1)} below; "
-        text += f"chance alone would put about {len(sides) / 20:.0f} on one side or the other."
+        text += f"chance alone would put about {len(sides) / 20:.1f} on one side or the other."
     return text
 
 
