@@ -272,7 +272,7 @@ def test_the_gain_over_early_stopping(scripts):
     beyond = found_of(scripts, **path, sap=(0.5, 0.7), sap_4=(0.6, 0.58))
     assert gain(beyond, (report.SAP, 8), report.W0, 1).low == np.inf
     written = report.frontier([beyond])
-    whole, early = (line for line in written.splitlines() if "| w = 0.5" in line)
+    early, whole = (line for line in written.splitlines() if "| w = 0.5" in line)
     assert "| **.15" in whole and "| **beyond [beyond, beyond]** |" in whole
     assert "w = 0.5, 4 steps | **.08" in early  # the anchor is stopped early, too
     assert "Of 4 intervals 4 are above zero and 0 below; chance alone would put about 0" in written

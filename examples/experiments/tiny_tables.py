@@ -106,7 +106,7 @@ def mean_cell(pairs: Pairs) -> str | None:
 
 
 def what_was_run(backbones: list[Found]) -> str:
-    """A row a run, a column a backbone."""
+    """A row a run, a column a backbone; below, the runs that no backbone has."""
     found = {one.backbone: one for one in backbones}
     best = {backbone: rates_of(one)[0] for backbone, one in found.items()}
     rows = []
@@ -119,7 +119,10 @@ def what_was_run(backbones: list[Found]) -> str:
         cells = [counted(found[b].get(names[b], "clip_t") if b in names else {}) for b in BACKBONES]
         rows.append(["budget", f"{method} at its best rate", *cells])
     steps = ", ".join(f"{one.last} steps on {one.name}" for one in backbones)
-    return table(["part", "run", *BACKBONES.values()], rows) + f"\n\nTrainings of subjects: {steps}."
+    missing = [f"{part}: {name}" for part, name, *cells in rows if set(cells) == {"not run"}]
+    there = [row for row in rows if set(row[2:]) != {"not run"}]
+    text = table(["part", "run", *BACKBONES.values()], there) + f"\n\nTrainings of subjects: {steps}."
+    return text + (f" Not run: {', '.join(missing)}." if missing else "")
 
 
 def class_rows(backbones: list[Found]) -> str:
@@ -198,7 +201,7 @@ def frontier(backbones: list[Found], counts: bool = True) -> str:
     text = table(["", "", *titles, *[COUNT] * counts], rows)
     if sides:
         text += f"\n\nOf {len(sides)} intervals {sides.count(1)} are above zero and {sides.count(-1)} below; "
-        text += f"chance alone would put about {len(sides) / 20:.0f} on one side or the other."
+        text += f"chance alone would put about {len(sides) / 20:.1f} on one side or the other."
     return text
 
 
@@ -314,14 +317,15 @@ def filled(page: str, made: dict[str, str]) -> str:
         ValueError: for a table that has a beginning and no end.
     """
     for name, text in made.items():
-        first, last = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        first = f"<!-- {name} -->\n"
+        last = f"<!-- end of {name} -->"
         if first not in page:
             continue
         before, _, rest = page.partition(first)
         _, end, after = rest.partition(last)
         if not end:
-            raise ValueError(f"--page: the table {name} has no line {last.strip()}")
-        page = before + first + text + last + after
+            raise ValueError(f"--page: the table {name} has no line {last}")
+        page = f"{before}{first}{text}\n{last}{after}"
     return page
 
 
