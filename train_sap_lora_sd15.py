@@ -1435,17 +1435,18 @@ def encode_texts(args: Namespace, pipeline: PIPELINE_CLASS, images: SubjectImage
         same = [read(caption, truncation=True) == read(anchor, truncation=True) for read in tokenizers]
         if all(same) and caption != anchor:
             raise UsageError(f'to the text encoders "{caption}" is the same as "{anchor}": say the subject earlier')
-    prompts = set()
-    if args.anchor_weight > 0:
-        prompts.update(anchors)
+    kept = set(anchors)
     if not args.train_text_encoder:
-        prompts.update(images.captions)
+        kept.update(images.captions)
     if args.caption_dropout > 0:
-        prompts.add("")
+        kept.add("")
     embeddings = {}
-    for prompt in tqdm(sorted(prompts), desc="Encoding prompts", leave=False):
-        found = encode_prompts(pipeline, [prompt], pipeline.device)
-        embeddings[prompt] = {name: tensor.cpu() for name, tensor in found.items()}
+    for prompt in tqdm(sorted({*kept, *images.captions}), desc="Encoding prompts", leave=False):
+        found = encode_prompts(
+            pipeline, [prompt], pipeline.device
+        )  # also where it is not kept, to tell what is cut off
+        if prompt in kept:
+            embeddings[prompt] = {name: tensor.cpu() for name, tensor in found.items()}
     sampling_inputs = {}
     for prompt in {*args.validation_prompts, args.final_validation_prompt} - {None}:
         found = encode_for_sampling(pipeline, prompt)

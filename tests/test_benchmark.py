@@ -110,7 +110,7 @@ def test_checks_run_through_on_a_cpu(checks, tmp_path, capfd):
     ):
         assert line in report
     assert f"| sd3 | `{gpu_check.CHECKPOINTED}` | milliseconds " in report
-    assert len(capfd.readouterr().out.splitlines()) == 12
+    assert len(capfd.readouterr().out.splitlines()) == 13
     checks("--only", "sd3")
     assert not capfd.readouterr().out  # all that passed stays
 
