@@ -19,16 +19,10 @@ WORLD = ROOT / "examples" / "tiny_world"
 @pytest.fixture(scope="module")
 def scripts():
     """The example's modules, which import one another by name."""
-    paths = [str(FOLDER), str(ROOT / "examples" / "dreambench")]
-    sys.path[:0] = paths
+    sys.path[:0] = [str(FOLDER), str(ROOT / "examples" / "dreambench")]
     names = ["benchmark", "generate", "neighbours", "evaluate", "table"]
     names += ["tiny_numbers", "tiny_plan", "tiny_tables", "tiny_experiments", "tiny_report"]
-    for name in names:
-        sys.modules.pop(name, None)
-    yield {name: importlib.import_module(name) for name in names}
-    sys.path[:] = [path for path in sys.path if path not in paths]
-    for name in names:
-        sys.modules.pop(name, None)
+    return {name: importlib.import_module(name) for name in names}
 
 
 @pytest.fixture(scope="module")

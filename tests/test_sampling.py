@@ -269,6 +269,7 @@ def test_loading_a_lora_is_silent_and_another_bases_draws_nothing(tmp_path, capl
     loras = {name: saved_lora(base, tmp_path / f"{name}-lora") for name, base in bases.items()}
     logger = logging.getLogger("diffusers.loaders")
     logger.addHandler(caplog.handler)
+    caplog.set_level(logging.WARNING, "diffusers.loaders")  # whatever an earlier test left
     mixed = ["--method=mixed", "--concept_weight=2", "--class_weight=1", "--device=cpu"]
     args = command(bases["sdxl"], tmp_path / "out", *mixed, f"--lora={loras['sdxl']}")
     beyond_finetuning.load_pipeline(args)
