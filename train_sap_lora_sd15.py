@@ -7,12 +7,12 @@
 #     "torch>=2.7", "tqdm", "transformers>=5.0", "wandb",
 # ]
 # ///
-"""Personalise Stable Diffusion 1.x or 2.x with a LoRA that stays anchored to what the model knew of the class.
+"""Personalise Stable Diffusion 1.x or 2.x with a LoRA that stays anchored to what the model predicts for the class.
 
     accelerate launch train_sap_lora_sd15.py \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --instance_data_dir dog \
         --instance_prompt "a photo of sks dog" --class_prompt "a photo of a dog" --max_train_steps 500 \
-        --train_batch_size 1 --learning_rate 1e-4 --output_dir sap-dog
+        --train_batch_size 1 --rank 16 --learning_rate 1e-4 --output_dir sap-dog
 
 The method is "Semantic Anchoring for Robust Personalization in Text-to-Image Diffusion Models" (arXiv 2511.22245):
 

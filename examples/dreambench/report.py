@@ -187,7 +187,7 @@ def trade_off_plot(methods: Sequence[table.Method], x: str, y: str) -> str:
     for number, method in enumerate(methods):
         style = {"color": plt.get_cmap("tab10")(number % 10), "marker": "osD^vP"[number // 10 % 6]}
         axis.scatter(method.means[x], method.means[y], s=46, label=legend_text(method), zorder=2, **style)
-    axis.set(xlabel=f"{table.METRICS[x]} (text alignment)", ylabel=f"{table.METRICS[y]} (subject fidelity)")
+    axis.set(xlabel=f"{table.METRICS[x]} (text alignment)", ylabel=table.METRICS[y])
     axis.locator_params(nbins=5)  # more labels would overlap
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)

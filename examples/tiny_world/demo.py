@@ -202,7 +202,7 @@ def draw_curves(args: argparse.Namespace) -> dict[str, float]:
 
 def print_table(rows: dict[str, tuple], drift: dict[str, float]) -> None:
     """Scores a row; the drift of the rows that have one."""
-    print(f"\n{'':<24}{'subject fidelity':>18}{'text alignment':>16}{'scenes right':>14}{'drift':>9}")
+    print(f"\n{'':<24}{'likeness (ViT)':>18}{'text alignment':>16}{'scenes right':>14}{'drift':>9}")
     for name, scores in rows.items():
         numbers = "".join(f"{value:{width}.3f}" for value, width in zip(scores, (18, 16, 14), strict=True))
         measured = f"{drift[name]:9.4f}" if name in drift else ""
