@@ -281,13 +281,13 @@ class RunError(Exception):
     status = 1
 
 
-def printable(text: str) -> str:
+def printable(text) -> str:
     """`text` for a terminal, without the control characters that captions and names of files may hold."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 @contextlib.contextmanager
-def explained(what: str, *more: type[Exception]) -> Iterator[None]:
+def explained(what, *more):
     """Inside, or in a function that it decorates, what libraries raise becomes one sentence after `what`.
 
     Only what they raise for files, values and connections that they cannot use, and `more`: a bug of ours stays a
@@ -353,7 +353,7 @@ class Student(nn.Module):
     As one module it is prepared, synchronised by DDP and accumulated once, whatever trains.
     """
 
-    def __init__(self, denoiser: nn.Module, text_pipeline: PIPELINE_CLASS | None = None):
+    def __init__(self, denoiser, text_pipeline=None):
         super().__init__()
         self.denoiser = denoiser
         self.text_pipeline = text_pipeline
@@ -363,7 +363,7 @@ class Student(nn.Module):
         self.adapted = {DENOISER: denoiser, **self.text_encoders}  # what has a LoRA, by its name in the pipeline
         self.adapters = adapter_layers(denoiser)
 
-    def forward(self, model_input: Tensor, timesteps: Tensor, conditioning: dict, prompts: list[str]) -> Tensor:
+    def forward(self, model_input, timesteps, conditioning, prompts) -> Tensor:
         """The raw prediction (B, C, h, w) for the subject's B prompts."""
         if self.text_pipeline is not None:
             conditioning = conditioning | encode_prompts(self.text_pipeline, prompts, model_input.device)
@@ -374,13 +374,13 @@ class Student(nn.Module):
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
 
-def keyed_generator(*key: int | str) -> torch.Generator:
+def keyed_generator(*key) -> torch.Generator:
     """A CPU generator whose numbers depend on the key alone, such as (seed, rank, micro-step), on every device."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor, device) -> Tensor:
     """`tensor` on the device, on CUDA without waiting for what that still computes: from pinned memory.
 
     Elsewhere a plain copy: on MPS one that does not wait can read memory that is already free (pytorch #189690).
@@ -390,7 +390,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def draw_latents(run: Run, items: list[dict], generator: torch.Generator) -> Tensor:
+def draw_latents(run, items, generator) -> Tensor:
     """Sample the posterior of each item anew: scaled latents (B, C, h, w) in float32."""
     if run.images.cacheable:
         parameters = torch.cat([run.posteriors[item["index"], item["flipped"]] for item in items])
@@ -403,13 +403,13 @@ def draw_latents(run: Run, items: list[dict], generator: torch.Generator) -> Ten
     return scale_latents(posterior.mean + posterior.std * noise, run.vae)
 
 
-def look_up_embeddings(run: Run, prompts: list[str]) -> dict[str, Tensor]:
+def look_up_embeddings(run, prompts) -> dict[str, Tensor]:
     """The conditioning (B, ...) on B prompts from those encoded beforehand, each sample with its own."""
     found = [run.embeddings[prompt] for prompt in prompts]
     return {name: to_device(torch.cat([one[name] for one in found]), run.device) for name in found[0]}
 
 
-def mask_weights(run: Run, items: list[dict], size: torch.Size) -> Tensor | float:
+def mask_weights(run, items, size) -> Tensor | float:
     """What the reconstruction weighs in each place (B, 1, h, w): 1 inside the masks, `--unmasked_weight` outside."""
     if not run.images.masks or items[0]["index"] >= run.images.count:  # pictures that are held out have none
         return 1.0
@@ -418,7 +418,7 @@ def mask_weights(run: Run, items: list[dict], size: torch.Size) -> Tensor | floa
     return to_device(inside + run.args.unmasked_weight * (1 - inside), run.device)
 
 
-def min_snr_weights(scheduler: diffusers.DDPMScheduler, timesteps: Tensor, gamma: float | None) -> Tensor | float:
+def min_snr_weights(scheduler, timesteps, gamma) -> Tensor | float:
     """Min-SNR weights (B, 1, 1, 1) of arXiv 2303.09556 for noise or v prediction; 1 where `gamma` is None.
 
     Noise: min(snr, gamma) / snr, written so that it is 1, not 0 / 0, at zero SNR. v: min(snr, gamma) / (snr + 1).
@@ -431,12 +431,12 @@ def min_snr_weights(scheduler: diffusers.DDPMScheduler, timesteps: Tensor, gamma
     return (gamma / snr).clamp(max=1)
 
 
-def is_edm(scheduler: diffusers.SchedulerMixin) -> bool:
+def is_edm(scheduler) -> bool:
     """Whether a training scheduler counts noise in sigmas, as EDM does (arXiv 2206.00364)."""
     return not isinstance(scheduler, diffusers.DDPMScheduler)
 
 
-def edm_coefficients(scheduler: diffusers.SchedulerMixin, sigmas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def edm_coefficients(scheduler, sigmas) -> tuple[Tensor, Tensor, Tensor]:
     """c_in, c_skip and c_out of EDM's table 1 (arXiv 2206.00364), shaped as `sigmas`.
 
     With noisy latents z the denoised ones are c_skip z + c_out F(c_in z), F being the denoiser's raw prediction.
@@ -453,7 +453,7 @@ def edm_coefficients(scheduler: diffusers.SchedulerMixin, sigmas: Tensor) -> tup
     return c_in, torch.ones_like(sigmas), -sigmas
 
 
-def diffuse(run: Run, latents: Tensor, noise: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+def diffuse(run, latents, noise, generator) -> dict[str, Tensor]:
     """The fields of a `MicroStep` that latents and noise (B, C, h, w) give at timesteps drawn from `generator`."""
     scheduler = run.scheduler
     draws = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
@@ -475,7 +475,7 @@ def diffuse(run: Run, latents: Tensor, noise: Tensor, generator: torch.Generator
     }
 
 
-def diffuse_edm(run: Run, latents: Tensor, noise: Tensor, draws: Tensor) -> dict[str, Tensor]:
+def diffuse_edm(run, latents, noise, draws) -> dict[str, Tensor]:
     """The same in EDM's parameterisation, at the places `draws` (B,) of the scheduler's table.
 
     The target is the latents. 1 / c_out^2 weighs their error as EDM's paper does; on another base 1 / sigma^2 weighs
@@ -499,7 +499,7 @@ def diffuse_edm(run: Run, latents: Tensor, noise: Tensor, draws: Tensor) -> dict
     }
 
 
-def size_conditioning(images: SubjectImages, items: list[dict]) -> Tensor:
+def size_conditioning(images, items) -> Tensor:
     """SDXL's `time_ids` (B, 6) of B samples: original (h, w), crop corner (top, left) and target (h, w), in pixels.
 
     The corner is counted in the picture (or its mirror image) when it is resized to cover its window.
@@ -515,7 +515,7 @@ def size_conditioning(images: SubjectImages, items: list[dict]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float32)
 
 
-def draw_micro_step(run: Run, index: int, items: list[dict]) -> MicroStep:
+def draw_micro_step(run, index, items) -> MicroStep:
     """Draw latents, noise and timesteps of one batch. They depend on (seed, rank, index) and the pictures alone."""
     generator = keyed_generator(run.args.seed, run.accelerator.process_index, index)
     latents = draw_latents(run, items, generator)
@@ -540,12 +540,12 @@ def draw_micro_step(run: Run, index: int, items: list[dict]) -> MicroStep:
     )
 
 
-def to_target_space(prediction: Tensor, step: MicroStep) -> Tensor:
+def to_target_space(prediction, step) -> Tensor:
     """The one map of raw predictions, of student and anchor, to what the target is: noise, v, or EDM's latents."""
     return step.skip * step.noisy_latents + step.scale * prediction.float()
 
 
-def anchors_of(run: Run, steps: list[MicroStep]) -> list[Tensor | None]:
+def anchors_of(run, steps) -> list[Tensor | None]:
     """The anchor of each of these micro-steps, from few forwards; None for each at w = 0."""
     args = run.args
     if args.anchor_weight == 0:
@@ -556,7 +556,7 @@ def anchors_of(run: Run, steps: list[MicroStep]) -> list[Tensor | None]:
     )
 
 
-def loss_terms(step: MicroStep, anchor: Tensor | None, student: nn.Module, args: Namespace) -> dict[str, Tensor]:
+def loss_terms(step, anchor, student, args) -> dict[str, Tensor]:
     """Student forward and objective of one micro-step: "loss", which is trained on, and what else is logged."""
     prediction = to_target_space(student(step.model_input, step.timesteps, step.conditioning, step.prompts), step)
     if anchor is not None:
@@ -570,7 +570,7 @@ def loss_terms(step: MicroStep, anchor: Tensor | None, student: nn.Module, args:
     return terms
 
 
-def whole_groups(start: int, stop: int, size: int) -> Iterator[range]:
+def whole_groups(start, stop, size) -> Iterator[range]:
     """Groups of micro-steps that hold those from `start` to `stop`, counted from the first one of the run.
 
     `list(whole_groups(5, 10, 4))` is `[range(4, 8), range(8, 12)]`: a resumed run puts the same samples into the same
@@ -580,7 +580,7 @@ def whole_groups(start: int, stop: int, size: int) -> Iterator[range]:
         yield range(first, first + size)
 
 
-def micro_steps(run: Run, start: int) -> Iterator[tuple[MicroStep, Tensor | None]]:
+def micro_steps(run, start) -> Iterator[tuple[MicroStep, Tensor | None]]:
     """All micro-steps of the run from `start` on, each with its anchor (None without anchor)."""
     args = run.args
     stop = args.max_train_steps * args.gradient_accumulation_steps
@@ -627,11 +627,11 @@ class StopRequests:
                     self.previous[number] = signal.signal(number, self.handle) or signal.SIG_DFL
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def handle(self, number: int, frame) -> None:
+    def handle(self, number, frame):
         asked_before = self.received != 0 and time.monotonic() - self.arrival > 1
         if asked_before or not self.deferring:
             logger.warning(f"{signal.Signals(number).name}: stopped at once, nothing more is kept")
@@ -641,7 +641,7 @@ class StopRequests:
             self.arrival = time.monotonic()
 
 
-def agreed_signal(run: Run) -> int:
+def agreed_signal(run) -> int:
     """The signal that asked any rank to stop, or 0; several ranks ask one another."""
     received = run.signals.received
     if run.accelerator.num_processes > 1:
@@ -649,7 +649,7 @@ def agreed_signal(run: Run) -> int:
     return received
 
 
-def make_optimizer(run: Run) -> torch.optim.Optimizer:
+def make_optimizer(run) -> torch.optim.Optimizer:
     """AdamW, 8-bit AdamW or Prodigy over the adapters, with a rate and a weight decay for each kind of module."""
     args = run.args
     prodigy = args.optimizer == "prodigy"
@@ -681,13 +681,13 @@ def make_optimizer(run: Run) -> torch.optim.Optimizer:
 class LoraState:
     """The weights that train, as a checkpoint holds them."""
 
-    def __init__(self, student: Student):
+    def __init__(self, student):
         self.parameters = student.trained()
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state):
         """Copy the weights of a checkpoint; raises `ValueError` if they are not those of this run's layers."""
         found = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
         wanted = {name: (tensor.shape, tensor.dtype) for name, tensor in self.parameters.items()}
@@ -722,7 +722,7 @@ class Training:
     images: list[Image.Image] = dataclasses.field(default_factory=list)  # of the last validation
 
 
-def start_training(run: Run, checkpoint: Path | None, start: int) -> Training:
+def start_training(run, checkpoint, start) -> Training:
     """Optimizer, schedule and the prepared student, as they are at the start or as a checkpoint has them."""
     args = run.args
     student, optimizer = run.accelerator.prepare(run.student, make_optimizer(run))
@@ -743,7 +743,7 @@ def start_training(run: Run, checkpoint: Path | None, start: int) -> Training:
     return training
 
 
-def train(run: Run, training: Training) -> int:
+def train(run, training) -> int:
     """Run the optimizer steps that are left; returns the signal that asked to stop before their end, or 0."""
     args = run.args
     accelerator = run.accelerator
@@ -774,7 +774,7 @@ def train(run: Run, training: Training) -> int:
     return agreed_signal(run)
 
 
-def seed_dropout(run: Run, micro_step: int) -> None:
+def seed_dropout(run, micro_step):
     """Key the global generator, which LoRA dropout draws from, to the micro-step."""
     if run.args.lora_dropout == 0:
         return
@@ -782,7 +782,7 @@ def seed_dropout(run: Run, micro_step: int) -> None:
     torch.manual_seed(generator.initial_seed())
 
 
-def update(run: Run, training: Training, terms: dict[str, Tensor], pictures: list[int]) -> None:
+def update(run, training, terms, pictures):
     """One step of the optimizer and of the schedule; raises `RunError` if fp16's scaler skips all steps.
 
     The schedule waits for a step that the scaler skipped, as its gradients overflowed.
@@ -805,7 +805,7 @@ def update(run: Run, training: Training, terms: dict[str, Tensor], pictures: lis
         raise not_finite(run, f"the gradients of {training.skipped} steps in a row overflowed: nothing was learned")
 
 
-def after_update(run: Run, training: Training, progress: tqdm) -> int:
+def after_update(run, training, progress) -> int:
     """Log, validate and save where that is due; returns the signal that asked to stop, or 0.
 
     Pictures come before the checkpoint of their step: a run that is killed in between makes them again.
@@ -827,7 +827,7 @@ def after_update(run: Run, training: Training, progress: tqdm) -> int:
     return signal_number
 
 
-def train_and_keep(run: Run, training: Training) -> None:
+def train_and_keep(run, training):
     """Train; however that ends, what was trained is on the disk before a signal or an error ends the program."""
     run.signals.deferring = True
     try:
@@ -856,7 +856,7 @@ def train_and_keep(run: Run, training: Training) -> None:
         sys.exit(128 + signal_number)
 
 
-def keep(run: Run, training: Training) -> None:
+def keep(run, training):
     """Write what was trained before an error: alone all of it, among several ranks what needs no other one."""
     free_memory()
     if training.step == 0 or not run.accelerator.is_main_process:
@@ -866,7 +866,7 @@ def keep(run: Run, training: Training) -> None:
     write_results(run, training.step)
 
 
-def how_to_go_on(run: Run, training: Training, reason: str) -> str:
+def how_to_go_on(run, training, reason) -> str:
     """What ended the training, what is left of it, and how to continue."""
     steps = f"step {training.step} of {run.args.max_train_steps}"
     files = written(Path(run.args.output_dir))
@@ -874,7 +874,7 @@ def how_to_go_on(run: Run, training: Training, reason: str) -> str:
     return f"{reason}: stopped after {steps}. {advice}. Written: {files}"
 
 
-def log_steps(run: Run, training: Training, progress: tqdm) -> None:
+def log_steps(run, training, progress):
     """Fetch and log the terms of the steps that wait, as means over ranks; raise `RunError` at a NaN."""
     waiting = training.waiting
     training.waiting = []
@@ -893,7 +893,7 @@ def log_steps(run: Run, training: Training, progress: tqdm) -> None:
         log(run, values, row.step)
 
 
-def log(run: Run, values: dict[str, float], step: int) -> None:
+def log(run, values, step):
     """Give values to the trackers and, whatever they are, a line to `metrics.jsonl`."""
     with giving_up(run, "a tracker"):
         run.accelerator.log(values, step=step)
@@ -904,7 +904,7 @@ def log(run: Run, values: dict[str, float], step: int) -> None:
 
 
 @contextlib.contextmanager
-def giving_up(run: Run, what: str) -> Iterator[None]:
+def giving_up(run, what):
     """Inside, what only shows how a run does may fail, by a full disk, memory, a sampler: told once, it goes on."""
     try:
         yield
@@ -915,7 +915,7 @@ def giving_up(run: Run, what: str) -> Iterator[None]:
             logger.warning(f"{what} failed, training goes on without: {type(error).__name__}: {error}")
 
 
-def not_finite(run: Run, what: str) -> RunError:
+def not_finite(run, what) -> RunError:
     """The error for numbers that are not finite: what they are of, likely causes, and what is left."""
     causes = f"--learning_rate {run.args.learning_rate:g} may be too high; the base may be damaged"
     if run.accelerator.scaler is not None:
@@ -925,7 +925,7 @@ def not_finite(run: Run, what: str) -> RunError:
 
 
 @torch.no_grad()
-def log_held_out(run: Run, step: int) -> None:
+def log_held_out(run, step):
     """Log the terms on the pictures of `--validation_data_dir`, at noise and timesteps that stay the same."""
     images = run.images
     held_out = range(images.count, len(images))
@@ -944,7 +944,7 @@ def log_held_out(run: Run, step: int) -> None:
     log(run, {name.replace("loss/", "val/"): value for name, value in means.items() if name != "loss"}, step)
 
 
-def validation_is_due(args: Namespace, step: int) -> bool:
+def validation_is_due(args, step) -> bool:
     """Whether pictures are made after this step: every --validation_steps, or at the end of due epochs."""
     makes_pictures = bool(args.validation_prompts) and args.num_validation_images > 0
     if args.validation_data_dir is None and not makes_pictures:
@@ -962,17 +962,17 @@ def validation_is_due(args: Namespace, step: int) -> bool:
 READING_ERRORS = (SyntaxError, AttributeError, TypeError, Image.DecompressionBombError)
 
 
-def list_folder(folder: Path) -> list[Path]:
+def list_folder(folder) -> list[Path]:
     """What is in a folder, by name, without what operating systems leave there."""
     return [path for path in sorted(folder.iterdir()) if not path.name.startswith(SYSTEM_FILES)]
 
 
-def normal_form(name: str) -> str:
+def normal_form(name) -> str:
     """A file's name as others may spell it: macOS writes an accent as a letter of its own, most programs do not."""
     return unicodedata.normalize("NFC", name)
 
 
-def open_picture(source: Path | Image.Image) -> Image.Image:
+def open_picture(source) -> Image.Image:
     """A file or a dataset's picture, upright by its EXIF orientation; `ValueError` for a pipe, which may never end."""
     if isinstance(source, Path):
         if not source.is_file():
@@ -981,7 +981,7 @@ def open_picture(source: Path | Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(source)
 
 
-def read_image(source: Path | Image.Image) -> Image.Image:
+def read_image(source) -> Image.Image:
     """A picture as RGB: 16 bits and floats from 0 to 1 brought to 8 bits, transparency over white."""
     image = open_picture(source)
     if image.mode == "F" and image.getextrema()[1] <= 1:
@@ -994,13 +994,13 @@ def read_image(source: Path | Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_text(path: Path) -> str:
+def read_text(path) -> str:
     """The text of a UTF-8 file, with or without the mark that Windows puts before it; empty if there is no file."""
     with explained(f"{path} is not UTF-8 text (save it as UTF-8), or cannot be read"):
         return path.read_text(encoding="utf-8-sig").rstrip() if path.is_file() else ""
 
 
-def caption_in(found: object) -> str | None:
+def caption_in(found) -> str | None:
     """A caption as a file or a column holds it, or None where that holds nothing or blanks."""
     if found is None:
         return None
@@ -1010,7 +1010,7 @@ def caption_in(found: object) -> str | None:
     return found.strip() or None
 
 
-def read_folder(name: str, field: str | None) -> tuple[list[Path], list[str | None]]:
+def read_folder(name, field) -> tuple[list[Path], list[str | None]]:
     """The pictures of a folder, and captions from `metadata.jsonl` or from NAME.txt beside NAME.jpg."""
     folder = Path(name)
     metadata = folder / "metadata.jsonl"
@@ -1035,7 +1035,7 @@ def read_folder(name: str, field: str | None) -> tuple[list[Path], list[str | No
     return files, [captions[normal_form(path.name)] for path in files]
 
 
-def read_metadata(path: Path, field: str, captions: dict[str, str | None]) -> None:
+def read_metadata(path, field, captions):
     """Put the captions of a `metadata.jsonl` into `captions`, by the pictures' names, which it must have."""
     form = f'{{"file_name": "00.jpg", "{field}": "a caption"}}'
     told = set()
@@ -1050,7 +1050,7 @@ def read_metadata(path: Path, field: str, captions: dict[str, str | None]) -> No
                 captions[name] = caption_in(row[field])
 
 
-def read_dataset(args: Namespace) -> tuple[Sequence[Image.Image], list[str | None]]:
+def read_dataset(args) -> tuple[Sequence[Image.Image], list[str | None]]:
     """Pictures (decoded when indexed) and captions of `--dataset_name`, a name on the hub or a folder on disk."""
     import datasets  # costs a second at start-up, and most runs read a folder
 
@@ -1076,7 +1076,7 @@ def read_dataset(args: Namespace) -> tuple[Sequence[Image.Image], list[str | Non
         return dataset.cast_column(args.image_column, datasets.Image())[args.image_column], captions
 
 
-def check_mask(mask: Image.Image, size: tuple[int, int]) -> None:
+def check_mask(mask, size):
     """Raise `ValueError` for a mask that is not of the photo's size (height, width), black, or inverted."""
     white = np.asarray(mask).mean() / 255
     if mask.size != size[::-1]:
@@ -1094,7 +1094,7 @@ class SubjectImages:
     held out come last and change nothing for the others.
     """
 
-    def __init__(self, args: Namespace):
+    def __init__(self, args):
         self.args = args
         if args.instance_data_dir is None:
             images, captions = read_dataset(args)
@@ -1134,7 +1134,7 @@ class SubjectImages:
             self.fixed_centering[index] = tuple(crop.tolist())
         self.batches_per_epoch = len(self.epoch(0))
 
-    def caption_all(self, captions: list[str | None]) -> None:
+    def caption_all(self, captions):
         """Give every picture its caption, or the instance prompt, and the anchor's caption."""
         args = self.args
         anchored = args.anchor_weight > 0
@@ -1164,7 +1164,7 @@ class SubjectImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index) -> Image.Image:
         """One picture; raises `UsageError`, with its name, if it cannot be read."""
         place = self.args.instance_data_dir or self.args.dataset_name
         if index >= self.count:
@@ -1196,7 +1196,7 @@ class SubjectImages:
             logger.warning(f"--validation_data_dir: {', '.join(both)} are among the pictures to train on, too")
         return sizes
 
-    def __getitem__(self, draw: tuple[int, tuple]) -> dict:
+    def __getitem__(self, draw) -> dict:
         """Crop, mirror and caption of one sample as drawn from its key; pixels only where latents are not cached."""
         index, key = draw
         left, top, flip, drop = torch.rand(4, generator=keyed_generator(*key)).tolist()
@@ -1213,19 +1213,19 @@ class SubjectImages:
         item["anchor_prompt"] = "" if dropped else self.anchor_captions[index]
         return item
 
-    def pixel_values(self, index: int, flipped: bool, centering: tuple[float, float]) -> Tensor:
+    def pixel_values(self, index, flipped, centering) -> Tensor:
         """One picture resized to cover its window and cropped, at left and top for (0, 0): (3, h, w) in [-1, 1]."""
         method = self.args.image_interpolation_mode.replace("nearest_exact", "nearest").upper()
         image = self.fit(self.read(index), index, flipped, centering, method)
         return VaeImageProcessor(do_resize=False).preprocess(image)[0]
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 (the pictures live as long as the run)
-    def mask(self, index: int, flipped: bool, centering: tuple[float, float], size: torch.Size) -> Tensor:
+    def mask(self, index, flipped, centering, size) -> Tensor:
         """The mask of a picture, cropped as that is, for latents of a size (h, w): (1, h, w), 1 on the subject."""
         mask = self.fit(self.masks[index], index, flipped, centering, "BOX")
         return nn.functional.adaptive_avg_pool2d(torch.from_numpy(np.asarray(mask, np.float32) / 255)[None], size)
 
-    def fit(self, image: Image.Image, index: int, flipped: bool, centering: tuple, method: str) -> Image.Image:
+    def fit(self, image, index, flipped, centering, method) -> Image.Image:
         """A picture, or its mask, mirrored if need be, resized to cover its window and cropped."""
         if flipped:
             image = ImageOps.mirror(image)
@@ -1249,7 +1249,7 @@ class SubjectImages:
             masks.append(mask)
         return masks
 
-    def mask_files(self, folder: Path) -> list[Path]:
+    def mask_files(self, folder) -> list[Path]:
         """For each picture to train on its file in `--mask_dir`; raises `UsageError` for one without the other."""
         files = {}
         with explained(f"--mask_dir {folder}"):
@@ -1265,7 +1265,7 @@ class SubjectImages:
         return [files[stem] for stem in stems]
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (as above)
-    def epoch(self, number: int) -> list[list[int]]:
+    def epoch(self, number) -> list[list[int]]:
         """The batches of one epoch, lists of picture indices, the same on all ranks.
 
         An epoch deals every picture (`repeats` times) to batches of one size: pictures of one window make batches
@@ -1282,14 +1282,14 @@ class SubjectImages:
                 batches.append(list(itertools.islice(dealt, size)))
         return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
 
-    def draws(self, rank: int, ranks: int, start: int, stop: int) -> Iterator[list[tuple[int, tuple]]]:
+    def draws(self, rank, ranks, start, stop) -> Iterator[list[tuple[int, tuple]]]:
         """For each micro-step of one rank the draws (index, key) of its batch; the ranks take the batches in turn."""
         for micro_step in range(start, stop):
             number, position = divmod(micro_step * ranks + rank, self.batches_per_epoch)
             batch = self.epoch(number)[position]
             yield [(index, (self.args.seed, rank, micro_step, place)) for place, index in enumerate(batch)]
 
-    def batches(self, draws: Iterator[list[tuple[int, tuple]]]) -> Iterator[list[dict]]:
+    def batches(self, draws) -> Iterator[list[dict]]:
         """The items of each batch of draws. Threads, which Pillow lets run side by side, crop those of coming ones."""
         workers = 0 if self.cacheable else self.args.dataloader_num_workers
         waiting = collections.deque()
@@ -1308,7 +1308,7 @@ LATENT_SCALE = ("scaling_factor",)  # of the VAE's configuration
 KNOWN_MODELS = (DENOISER_CLASS.__name__, "CLIPTextModel", "CLIPTextModelWithProjection")
 
 
-def check_base(args: Namespace) -> None:
+def check_base(args):
     """Read the base's index, configurations and, in a local folder, headers; raise `UsageError` if they do not fit."""
     base = args.pretrained_model_name_or_path
     flag = f"--pretrained_model_name_or_path {base}"
@@ -1340,7 +1340,7 @@ def check_base(args: Namespace) -> None:
             raise ValueError(f"{latents}; bases for inpainting or editing cannot be trained")
 
 
-def check_index(flag: str, index: dict) -> None:
+def check_index(flag, index):
     """Raise `UsageError` if a pipeline, by its `model_index.json`, is not of the kind that this script trains."""
     parts = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and entry[1]}
     wrong = [f"with {name}" for name in FOREIGN_PARTS if name in parts]
@@ -1352,7 +1352,7 @@ def check_index(flag: str, index: dict) -> None:
         raise UsageError(f"{flag} is a {index.get('_class_name')} {', '.join(wrong)}: {BASE_KIND}")
 
 
-def check_denoiser(args: Namespace, config: dict) -> None:
+def check_denoiser(args, config):
     """Raise `ValueError` for a denoiser that reads other embeddings than the text encoders make, `UsageError` for one
     without a layer of `--lora_layers`."""
     base = args.pretrained_model_name_or_path
@@ -1371,7 +1371,7 @@ def check_denoiser(args: Namespace, config: dict) -> None:
                 raise UsageError(f"--lora_layers: no layer of the {DENOISER} ends in {layer.strip()}")
 
 
-def check_folder(folder: Path, variant: str | None) -> None:
+def check_folder(folder, variant):
     """Look for the files of one part of the base; of weights only the headers are read, but whole they must be."""
     kind = folder.name.split("_")[0]
     configuration = f"{kind}_config.json" if kind in ("tokenizer", "scheduler") else "config.json"
@@ -1390,14 +1390,14 @@ def check_folder(folder: Path, variant: str | None) -> None:
             pass
 
 
-def base_files(args: Namespace, accelerator: Accelerator) -> dict:
+def base_files(args, accelerator) -> dict:
     """How to load the frozen base: never from pickles, which could run code, and in the run's precision. What trains
     is float32, and so is the VAE: some overflow in half precision."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     return {"revision": args.revision, "variant": args.variant, "use_safetensors": True, "dtype": dtype}
 
 
-def vae_source(args: Namespace) -> tuple[str, str, dict]:
+def vae_source(args) -> tuple[str, str, dict]:
     """The flag that names the VAE, its folder or repository, and which of the files there are meant."""
     if args.pretrained_vae_model_name_or_path is not None:
         return "--pretrained_vae_model_name_or_path", args.pretrained_vae_model_name_or_path, {}
@@ -1405,7 +1405,7 @@ def vae_source(args: Namespace) -> tuple[str, str, dict]:
     return "--pretrained_model_name_or_path", args.pretrained_model_name_or_path, files
 
 
-def load_part(kind: type, flag: str, source: str, **files) -> nn.Module:
+def load_part(kind, flag, source, **files) -> nn.Module:
     """A frozen model, of `--variant` where it has that; raises `UsageError` if weights are missing: the library would
     make them up."""
     with explained(f"{flag} {source} cannot be loaded", RuntimeError):
@@ -1422,7 +1422,7 @@ def load_part(kind: type, flag: str, source: str, **files) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def load_text_pipeline(args: Namespace, accelerator: Accelerator, images: SubjectImages) -> PIPELINE_CLASS:
+def load_text_pipeline(args, accelerator, images) -> PIPELINE_CLASS:
     """The base without denoiser and VAE: tokenizers, text encoders, `encode_prompt` and the scheduler."""
     base = args.pretrained_model_name_or_path
     files = base_files(args, accelerator)
@@ -1439,7 +1439,7 @@ def load_text_pipeline(args: Namespace, accelerator: Accelerator, images: Subjec
     return pipeline
 
 
-def check_tokenizers(pipeline: PIPELINE_CLASS) -> None:
+def check_tokenizers(pipeline):
     """Raise `UsageError` for a tokenizer with tokens that its text encoder does not know."""
     for name in TRAINABLE_TEXT_ENCODERS:
         tokens = len(getattr(pipeline, name.replace("text_encoder", "tokenizer")))
@@ -1450,7 +1450,7 @@ def check_tokenizers(pipeline: PIPELINE_CLASS) -> None:
             )
 
 
-def encode_prompts(pipeline: PIPELINE_CLASS, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+def encode_prompts(pipeline, prompts, device) -> dict[str, Tensor]:
     """The denoiser's conditioning (B, ...) on B prompts; gradients reach text encoders that train.
 
     An empty prompt (caption dropout) gives what the sampler takes for one: zeros, where the pipeline says so.
@@ -1463,20 +1463,20 @@ def encode_prompts(pipeline: PIPELINE_CLASS, prompts: list[str], device: torch.d
     return {"encoder_hidden_states": embeds, "text_embeds": pooled}
 
 
-def encode_for_sampling(pipeline: PIPELINE_CLASS, prompt: str) -> dict[str, Tensor]:
+def encode_for_sampling(pipeline, prompt) -> dict[str, Tensor]:
     """What the pipeline's call takes in place of a prompt, for pictures with classifier-free guidance."""
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     return dict(zip(names, pipeline.encode_prompt(prompt, device=pipeline.device), strict=True))
 
 
-def denoise(model: nn.Module, model_input: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+def denoise(model, model_input, timesteps, conditioning) -> Tensor:
     """The denoiser's raw prediction, shaped as `model_input` (B, C, h, w), in the dtype of its weights."""
     states = conditioning["encoder_hidden_states"]
     added = {name: conditioning[name] for name in ("text_embeds", "time_ids")}
     return model(model_input.to(states.dtype), timesteps, states, added_cond_kwargs=added, return_dict=False)[0]
 
 
-def training_scheduler(args: Namespace) -> diffusers.SchedulerMixin:
+def training_scheduler(args) -> diffusers.SchedulerMixin:
     """The diffusion process of the base: EDM if it is one, or is to be trained as one. Raises `UsageError` if it
     predicts something else than noise or v, or if `--snr_gamma` would weigh EDM a second time."""
     base = args.pretrained_model_name_or_path
@@ -1498,7 +1498,7 @@ def training_scheduler(args: Namespace) -> diffusers.SchedulerMixin:
     return scheduler
 
 
-def scale_latents(latents: Tensor, vae: AutoencoderKL, inverse: bool = False) -> Tensor:
+def scale_latents(latents, vae, inverse=False) -> Tensor:
     """Latents as the VAE samples them, brought to the scale the denoiser was trained on, or back.
 
     Where the VAE has a mean and a standard deviation of each channel, as Playground v2.5's does, they count too.
@@ -1515,7 +1515,7 @@ def scale_latents(latents: Tensor, vae: AutoencoderKL, inverse: bool = False) ->
 
 
 @torch.no_grad()
-def encode_texts(args: Namespace, pipeline: PIPELINE_CLASS, images: SubjectImages) -> tuple[dict, dict]:
+def encode_texts(args, pipeline, images) -> tuple[dict, dict]:
     """First stage: what the text encoders, as they are, make of every prompt, for training and for sampling.
 
     Raises `UsageError` for a prompt whose anchor is the same to them: the word for the subject is cut off.
@@ -1549,7 +1549,7 @@ def encode_texts(args: Namespace, pipeline: PIPELINE_CLASS, images: SubjectImage
 
 
 @torch.no_grad()
-def encode_images(args: Namespace, device: torch.device, images: SubjectImages) -> tuple[AutoencoderKL, dict]:
+def encode_images(args, device, images) -> tuple[AutoencoderKL, dict]:
     """Second stage: the VAE and the posterior of every picture (and mirror image); none where crops are drawn anew."""
     flag, source, files = vae_source(args)
     vae = load_part(AutoencoderKL, flag, source, **files, use_safetensors=True, dtype=torch.float32).to(device)
@@ -1568,14 +1568,14 @@ def encode_images(args: Namespace, device: torch.device, images: SubjectImages) 
 
 
 @contextlib.contextmanager
-def vae_at_work(run: Run) -> Iterator[AutoencoderKL]:
+def vae_at_work(run) -> Iterator[AutoencoderKL]:
     """The VAE on the device; afterwards it rests on the CPU, unless each micro-step needs it."""
     yield run.vae.to(run.device)
     if run.images.cacheable or run.args.offload:
         run.vae.to("cpu")
 
 
-def load_denoiser(args: Namespace, accelerator: Accelerator, images: SubjectImages) -> nn.Module:
+def load_denoiser(args, accelerator, images) -> nn.Module:
     """Third stage: the frozen denoiser, in the run's precision."""
     files = base_files(args, accelerator)
     config = quantization_config(args, files["dtype"])
@@ -1604,7 +1604,7 @@ def load_denoiser(args: Namespace, accelerator: Accelerator, images: SubjectImag
     return denoiser
 
 
-def round_once(denoiser: nn.Module, dtype: torch.dtype) -> None:
+def round_once(denoiser, dtype):
     """In half precision have norm and activation in the residual blocks of a UNet rounded once, not one by one."""
     if dtype == torch.float32:
         return
@@ -1613,14 +1613,14 @@ def round_once(denoiser: nn.Module, dtype: torch.dtype) -> None:
             block.forward = torch.autocast(denoiser.device.type, dtype)(block.forward)
 
 
-def lora_targets(args: Namespace) -> list[str]:
+def lora_targets(args) -> list[str]:
     """Endings of the denoiser's layers that get a LoRA."""
     if args.lora_layers is None:
         return DENOISER_TARGETS
     return [layer.strip() for layer in args.lora_layers.split(",")]
 
 
-def add_adapters(args: Namespace, modules: dict[str, nn.Module]) -> None:
+def add_adapters(args, modules):
     """Add LoRA layers to the modules of these names, always in float32: half precision loses small updates."""
     torch.manual_seed(args.seed)  # a LoRA starts at random: at the same place on all ranks
     for name, module in modules.items():
@@ -1641,13 +1641,13 @@ def add_adapters(args: Namespace, modules: dict[str, nn.Module]) -> None:
         module.train()
 
 
-def compute_as_base(module: nn.Module) -> None:
+def compute_as_base(module):
     """Have linear LoRA layers, whose weights are float32, compute in the precision of the base around them.
 
     peft would cast their inputs, which are larger than their weights, and keep these for the backward pass.
     """
 
-    def forward(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    def forward(layer, inputs) -> Tensor:
         return nn.functional.linear(inputs, layer.weight.to(inputs.dtype))
 
     for adapter in adapter_layers(module):
@@ -1658,7 +1658,7 @@ def compute_as_base(module: nn.Module) -> None:
                 layer.forward = functools.partial(forward, layer)
 
 
-def load_init_lora(args: Namespace, modules: dict[str, nn.Module]) -> None:
+def load_init_lora(args, modules):
     """Start from the LoRA of `--init_lora`, of the same layers and rank, in any form that diffusers reads.
 
     In float32: `load_lora_weights` rounds what it reads to the precision of the base.
@@ -1685,7 +1685,7 @@ def load_init_lora(args: Namespace, modules: dict[str, nn.Module]) -> None:
             raise ValueError(f"only one of them has {wrong[0]}")
 
 
-def read_lora(args: Namespace, unet_config: dict) -> tuple[dict[str, Tensor], dict]:
+def read_lora(args, unet_config) -> tuple[dict[str, Tensor], dict]:
     """The tensors of `--init_lora`, kohya's alphas multiplied in, and what diffusers noted of the adapter."""
     state, *notes = PIPELINE_CLASS.lora_state_dict(
         args.init_lora, use_safetensors=True, unet_config=unet_config, return_lora_metadata=True
@@ -1700,7 +1700,7 @@ def read_lora(args: Namespace, unet_config: dict) -> tuple[dict[str, Tensor], di
     return state, notes[-1] or {}
 
 
-def prepare(args: Namespace, accelerator: Accelerator, images: SubjectImages, **more) -> Run:
+def prepare(args, accelerator, images, **more) -> Run:
     """Go through the stages, each of which lets go of what the next one does not need before that loads anything."""
     pipeline = load_text_pipeline(args, accelerator, images)
     embeddings, sampling_inputs = encode_texts(args, pipeline, images)
@@ -1729,7 +1729,7 @@ def prepare(args: Namespace, accelerator: Accelerator, images: SubjectImages, **
 
 
 @contextlib.contextmanager
-def replacing(final: Path) -> Iterator[Path]:
+def replacing(final) -> Iterator[Path]:
     """Where to write a file or folder that then takes the place of `final`; raises `RunError` if the disk refuses.
 
     Until it is whole and on the disk, what was there stays.
@@ -1753,7 +1753,7 @@ def replacing(final: Path) -> Iterator[Path]:
             tidy(final)
 
 
-def flush(path: Path) -> None:
+def flush(path):
     """Have the system write a file, or the names in a folder: else a rename may outlive a power cut that the content
     does not."""
     if os.name == "posix":
@@ -1763,7 +1763,7 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def tidy(final: Path) -> None:
+def tidy(final):
     """Leave nothing beside `final` of a write that was cut short."""
     partial = final.with_name(f".{final.name}.partial")
     if partial.is_dir() and not partial.is_symlink():
@@ -1773,7 +1773,7 @@ def tidy(final: Path) -> None:
 
 
 @contextlib.contextmanager
-def tidying() -> Iterator[None]:
+def tidying():
     """Inside, files are moved away or removed; what the disk refuses is told once, and the run goes on."""
     try:
         yield
@@ -1782,12 +1782,12 @@ def tidying() -> Iterator[None]:
 
 
 @functools.cache
-def warn_once(sentence: str) -> None:
+def warn_once(sentence):
     """Warn, unless the same has been said before."""
     logger.warning(sentence)
 
 
-def lora_layers(run: Run) -> dict[str, dict[str, Tensor]]:
+def lora_layers(run) -> dict[str, dict[str, Tensor]]:
     """The LoRA of each adapted module as peft names it, in float32 on the CPU; only if all of it is finite.
 
     Text encoders' keys get the `text_model.` that transformers 5.6 dropped: other programs look for it.
@@ -1805,7 +1805,7 @@ def lora_layers(run: Run) -> dict[str, dict[str, Tensor]]:
     return layers
 
 
-def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+def write_safetensors(tensors, path, metadata):
     """Write a file whose bytes follow from its content: the library writes metadata in a random order.
 
     Its hash is the one of sd-scripts, A1111 and ModelSpec: SHA-256 of all that follows the header.
@@ -1821,7 +1821,7 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
         file.writelines([len(text).to_bytes(8, "little"), text, data[start:]])
 
 
-def write_lora(run: Run, folder: Path) -> None:
+def write_lora(run, folder):
     """Write the LoRA for `load_lora_weights`, with one style for all keys: diffusers decides by the first of them.
 
     The scale alpha / rank is in `lora_B`: most programs that read this file know no alpha but the rank.
@@ -1846,7 +1846,7 @@ def write_lora(run: Run, folder: Path) -> None:
         write_safetensors(tensors, partial, {"lora_adapter_metadata": json.dumps(metadata)})
 
 
-def kohya_state(layers: dict[str, dict[str, Tensor]], alpha: float, depth: int = 2) -> dict[str, Tensor]:
+def kohya_state(layers, alpha, depth=2) -> dict[str, Tensor]:
     """A LoRA with the keys of kohya's tools, which ComfyUI and A1111 read too, text encoder included.
 
     `layers` are as `lora_layers` has them: for each part of the pipeline, tensors by peft's names. `depth` is the
@@ -1865,21 +1865,21 @@ def kohya_state(layers: dict[str, dict[str, Tensor]], alpha: float, depth: int =
     return state
 
 
-def kohya_name(component: str, module: str, depth: int) -> str:
+def kohya_name(component, module, depth) -> str:
     """What kohya's tools call a module of a part of the pipeline: the UNet's have Stability's names."""
     if component == DENOISER:
         module = stability_name(module, depth)
     return f"{KOHYA_PREFIXES[component]}_{module.replace('.', '_')}"
 
 
-def write_kohya_lora(run: Run, folder: Path) -> None:
+def write_kohya_lora(run, folder):
     """Write the LoRA for ComfyUI, A1111, Forge and kohya's tools."""
     state = kohya_state(lora_layers(run), run.args.lora_alpha, run.student.denoiser.config.layers_per_block)
     with replacing(folder / KOHYA_FILE) as partial:
         write_safetensors(state, partial, lora_metadata(run))
 
 
-def lora_metadata(run: Run) -> dict[str, str]:
+def lora_metadata(run) -> dict[str, str]:
     """What A1111, Forge, sd-scripts and ModelSpec 1.0.1 look for. No date, no path: equal runs write equal bytes."""
     args = run.args
     version, architecture = base_version(run)
@@ -1899,12 +1899,12 @@ def lora_metadata(run: Run) -> dict[str, str]:
     return metadata
 
 
-def folder_name(path: str) -> str:
+def folder_name(path) -> str:
     """The last name of a path, or of a repository, also for `.`, and in letters that every file may hold."""
     return printable(Path(path).resolve().name)
 
 
-def base_version(run: Run) -> tuple[str, str]:
+def base_version(run) -> tuple[str, str]:
     """How sd-scripts and ModelSpec name the base."""
     return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
 
@@ -1916,11 +1916,11 @@ STABILITY_NAMES = {"conv_in": "input_blocks.0.0", "conv_out": "out.2", "conv1": 
                    "time_embedding": "time_embed", "add_embedding": "label_emb.0", "linear_2": "2"}  # fmt: skip
 
 
-def stability_name(module: str, depth: int) -> str:
+def stability_name(module, depth) -> str:
     """The name of a module of SDXL's UNet, of `depth` layers a block, in Stability's code (and sd-scripts'), which
     counts layers through all blocks."""
 
-    def block(found: re.Match) -> str:
+    def block(found) -> str:
         side, index, kind, layer = found.groups()
         slot = STABILITY_SLOTS[kind]
         if side == "mid":
@@ -1935,14 +1935,14 @@ def stability_name(module: str, depth: int) -> str:
     return ".".join(STABILITY_NAMES.get(name, name) for name in module.split("."))
 
 
-def write_loras(run: Run, folder: Path) -> None:
+def write_loras(run, folder):
     """Write the LoRA in each form that is wanted; DoRA in kohya's is read rightly by OneTrainer alone."""
     write_lora(run, folder)
     if run.args.output_kohya_format or not (run.args.use_dora or run.args.no_kohya_file):
         write_kohya_lora(run, folder)
 
 
-def write_results(run: Run, step: int) -> None:
+def write_results(run, step):
     """Write what the run is for, and a record of it, in place of what it wrote when it ended at an earlier step."""
     folder = Path(run.args.output_dir)
     for name in read_record(folder / FINISHED_FILE).get("files", ()):
@@ -1956,17 +1956,17 @@ RESULTS = (LORA_FILE, KOHYA_FILE, "image_[0-9]*.png", "README.md")
 LOGS = (METRICS_FILE, "validation/*-[0-9]*.png", f"logs/{TRACKER}")
 
 
-def found(folder: Path, names: Sequence[str]) -> list[Path]:
+def found(folder, names) -> list[Path]:
     """What is in a folder under some names, or patterns of names."""
     return list(itertools.chain.from_iterable(sorted(folder.glob(name)) for name in names))
 
 
-def written(folder: Path) -> str:
+def written(folder) -> str:
     """What there is of a run's results, for a message."""
     return ", ".join(map(str, found(folder, RESULTS))) or "nothing yet"
 
 
-def set_aside(output_dir: Path, checkpoint: Path | None, step: int) -> None:
+def set_aside(output_dir, checkpoint, step):
     """Move what is not this run's, and has a name that it writes, into `earlier-N`; call it before trackers start.
 
     If it goes on from the checkpoint of a step in this folder, its own are the checkpoints up to there, the logs, and
@@ -1986,7 +1986,7 @@ def set_aside(output_dir: Path, checkpoint: Path | None, step: int) -> None:
                 logger.warning(f"{path} is not of this run: it was moved into {place}")
 
 
-def cut_metrics(output_dir: Path, step: int) -> None:
+def cut_metrics(output_dir, step):
     """Keep of `metrics.jsonl` the lines up to the step that a run goes on from."""
     path = output_dir / METRICS_FILE
     if not path.is_file():
@@ -2000,7 +2000,7 @@ def cut_metrics(output_dir: Path, step: int) -> None:
         partial.write_text(kept, encoding="utf-8")
 
 
-def save_checkpoint(run: Run, training: Training) -> None:
+def save_checkpoint(run, training):
     """Write a checkpoint, all of it or nothing, and only then remove those over the limit."""
     output_dir = Path(run.args.output_dir)
     final = output_dir / f"checkpoint-{training.step}"
@@ -2022,7 +2022,7 @@ def save_checkpoint(run: Run, training: Training) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def remove_checkpoint(path: Path, record: dict) -> None:
+def remove_checkpoint(path, record):
     """Remove the files that a checkpoint of this run names, and its folder if nothing else is in it."""
     state = read_record(path / STATE_FILE)
     if state.get("run") == record:
@@ -2032,7 +2032,7 @@ def remove_checkpoint(path: Path, record: dict) -> None:
             path.rmdir()
 
 
-def load_checkpoint(run: Run, training: Training, checkpoint: Path) -> None:
+def load_checkpoint(run, training, checkpoint):
     """Put the run where `save_checkpoint` found it; raises `UsageError` if it does not fit, or holds Python code."""
     damage = (RuntimeError, EOFError, TypeError, AttributeError, pickle.UnpicklingError)
     with explained(f"--resume_from_checkpoint {checkpoint}: {TRAINING_FILE} is refused", *damage):
@@ -2043,7 +2043,7 @@ def load_checkpoint(run: Run, training: Training, checkpoint: Path) -> None:
             part.load_state_dict(state["parts"][name])
 
 
-def write_state(path: Path, run: Run, step: int, files: list[Path]) -> None:
+def write_state(path, run, step, files):
     """Write what a folder holds of a run: the step, the seed, a hash of each file, and the record of the run."""
     state = {"format": STATE_FORMAT, "global_step": step, "seed": run.args.seed, "run": run.record}
     state["files"] = {file.name: fingerprint(file) for file in files}
@@ -2051,7 +2051,7 @@ def write_state(path: Path, run: Run, step: int, files: list[Path]) -> None:
         partial.write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
-def read_record(path: Path) -> dict:
+def read_record(path) -> dict:
     """What `write_state` wrote; empty if it is not there, or has been changed into what no run writes."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         state = json.loads(path.read_text(encoding="utf-8") if path.is_file() else "")
@@ -2064,7 +2064,7 @@ def read_record(path: Path) -> dict:
     return {}
 
 
-def read_state(path: Path) -> dict:
+def read_state(path) -> dict:
     """What `read_record` reads; empty if the files beside it are not those that it is of."""
     state = read_record(path)
     if state.get("format") == STATE_FORMAT:
@@ -2075,7 +2075,7 @@ def read_state(path: Path) -> dict:
     return state
 
 
-def list_checkpoints(output_dir: Path, before: float = math.inf) -> list[Path]:
+def list_checkpoints(output_dir, before=math.inf) -> list[Path]:
     """What is named as a checkpoint in an output folder, in the order of steps."""
     steps = {}
     for path in output_dir.glob("checkpoint-*"):
@@ -2084,7 +2084,7 @@ def list_checkpoints(output_dir: Path, before: float = math.inf) -> list[Path]:
     return sorted((path for path in steps if steps[path] < before), key=steps.get)
 
 
-def find_checkpoint(args: Namespace) -> tuple[Path | None, dict]:
+def find_checkpoint(args) -> tuple[Path | None, dict]:
     """The checkpoint that `--resume_from_checkpoint` means ("latest", a name or a path), and its state."""
     wanted = args.resume_from_checkpoint
     if not wanted:
@@ -2109,7 +2109,7 @@ def find_checkpoint(args: Namespace) -> tuple[Path | None, dict]:
     return None, {}
 
 
-def fingerprint(source: Path | Image.Image) -> str:
+def fingerprint(source) -> str:
     """A short hash of a file, or of the pixels of a picture that comes from a dataset."""
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(source, Path):
@@ -2122,7 +2122,7 @@ def fingerprint(source: Path | Image.Image) -> str:
     return digest.hexdigest()
 
 
-def describe_run(args: Namespace, accelerator: Accelerator, images: SubjectImages) -> dict:
+def describe_run(args, accelerator, images) -> dict:
     """What the result of a run depends on, as JSON has it: flags, models (local ones by their files), pictures."""
     free = {"steps_per_epoch", "validation_prompts", "class_prompt_lacks"}
     free |= {flag.name[2:] for flag in KNOWN_FLAGS if isinstance(flag, Free)}
@@ -2145,7 +2145,7 @@ def describe_run(args: Namespace, accelerator: Accelerator, images: SubjectImage
     return json.loads(json.dumps(record))
 
 
-def folder_fingerprint(folder: Path, variant: str | None) -> str:
+def folder_fingerprint(folder, variant) -> str:
     """A short hash of the settings and weights that are loaded from a pipeline's folder, or from one part's.
 
     System files, other formats and weights of another variant do not count.
@@ -2160,7 +2160,7 @@ def folder_fingerprint(folder: Path, variant: str | None) -> str:
     return content.hexdigest()
 
 
-def differences(was: dict, now: dict) -> str:
+def differences(was, now) -> str:
     """How the records of two runs differ, in a few words. Entries that one does not know are left out."""
     names = [name for name in now if name in was and was[name] != now[name]]
     return "; ".join(f"{name} was {was[name]}, is {now[name]}" for name in names[:3])
@@ -2170,7 +2170,7 @@ def differences(was: dict, now: dict) -> str:
 
 
 @torch.no_grad()
-def sample_images(run: Run, prompt: str, **sampling: float) -> list[Image.Image]:
+def sample_images(run, prompt, **sampling) -> list[Image.Image]:
     """Pictures of the model as it is, from `--seed`: denoised in the run's precision, decoded in float32."""
     args = run.args
     student = run.student
@@ -2199,13 +2199,13 @@ def sample_images(run: Run, prompt: str, **sampling: float) -> list[Image.Image]
     return [VaeImageProcessor().postprocess(pixels, output_type="pil")[0] for pixels in decoded]
 
 
-def sampling_scheduler(run: Run) -> diffusers.SchedulerMixin:
+def sampling_scheduler(run) -> diffusers.SchedulerMixin:
     """The sampler of upstream's validation, or the base's own where it is EDM."""
     kind = type(run.scheduler) if is_edm(run.scheduler) else diffusers.DPMSolverMultistepScheduler
     return fitting_sampler(kind, run.scheduler.config)
 
 
-def fitting_sampler(kind: type[diffusers.SchedulerMixin], config: dict) -> diffusers.SchedulerMixin:
+def fitting_sampler(kind, config) -> diffusers.SchedulerMixin:
     """A sampler with the base's configuration, which may be of another one: what it cannot take is left out, and the
     noise and what is predicted stay."""
     try:
@@ -2217,7 +2217,7 @@ def fitting_sampler(kind: type[diffusers.SchedulerMixin], config: dict) -> diffu
     return sampler
 
 
-def validate(run: Run, prompts: list[str], tag: str, step: int, **sampling: float) -> list[Image.Image]:
+def validate(run, prompts, tag, step, **sampling) -> list[Image.Image]:
     """Make pictures on the main process, until a request to stop; show them to the trackers under `tag`, and whoever
     looks into the folder as one grid, a row a prompt. Returns those of the first prompt."""
     rows = {}
@@ -2236,7 +2236,7 @@ def validate(run: Run, prompts: list[str], tag: str, step: int, **sampling: floa
     return next(iter(rows.values()), [])
 
 
-def show_to_trackers(run: Run, rows: dict[str, list[Image.Image]], tag: str, step: int) -> None:
+def show_to_trackers(run, rows, tag, step):
     """Log pictures to the trackers that take any."""
     layouts = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
     for tracker in run.accelerator.trackers:
@@ -2247,7 +2247,7 @@ def show_to_trackers(run: Run, rows: dict[str, list[Image.Image]], tag: str, ste
                 tracker.log_images({name: pixels}, step=step, **layouts[tracker.name])
 
 
-def write_grid(run: Run, rows: dict[str, list[Image.Image]], name: str, title: str, **sampling: float) -> None:
+def write_grid(run, rows, name, title, **sampling):
     """One picture to look at: photos, what the base makes of the first prompt (made once), a row a prompt."""
     prompt, pictures = next(iter(rows.items()))
     if prompt not in run.base_pictures:
@@ -2261,7 +2261,7 @@ def write_grid(run: Run, rows: dict[str, list[Image.Image]], name: str, title: s
     labelled_grid({f"{title}. Photos:": photos, f"Base model: {prompt}": run.base_pictures[prompt], **rows}).save(path)
 
 
-def labelled_grid(rows: dict[str, list[Image.Image]]) -> Image.Image:
+def labelled_grid(rows) -> Image.Image:
     """Pictures of one size in rows, each row behind a cell with its label."""
     columns = max(map(len, rows.values()))
     size = next(iter(rows.values()))[0].size
@@ -2275,9 +2275,7 @@ def labelled_grid(rows: dict[str, list[Image.Image]]) -> Image.Image:
     return make_image_grid(cells, len(rows), columns + 1)
 
 
-def write_model_card(
-    args: Namespace, pictures: list[Image.Image], prompt: str | None, repo_id: str | None = None
-) -> None:
+def write_model_card(args, pictures, prompt, repo_id=None):
     """Write README.md, which the hub shows as the model's page, and the pictures it shows."""
     folder = Path(args.output_dir)
     base = args.pretrained_model_name_or_path
@@ -2333,14 +2331,14 @@ image = pipeline.to("cuda")({(prompt or args.instance_prompt)!r}).images[0]
         partial.write_text(text, encoding="utf-8")
 
 
-def describe_base(args: Namespace) -> tuple[str, list[str], list[str]]:
+def describe_base(args) -> tuple[str, list[str], list[str]]:
     """The licence of the base, the hub's tags for its kind, and arguments without which it does not load."""
     if "playground" in args.pretrained_model_name_or_path.lower():
         return "playground-v2dot5-community", ["playground", "playground-diffusers"], []
     return "openrail++", ["stable-diffusion-xl", "stable-diffusion-xl-diffusers"], []
 
 
-def make_repository(args: Namespace) -> str:
+def make_repository(args) -> str:
     """Make the repository on the hub, if it is not there, before any work is done; returns its full name."""
     get_session().timeout = HUB_TIMEOUT
     with explained("--push_to_hub"):
@@ -2348,7 +2346,7 @@ def make_repository(args: Namespace) -> str:
         return create_repo(name, exist_ok=True, token=args.hub_token).repo_id
 
 
-def upload(args: Namespace, repo_id: str) -> None:
+def upload(args, repo_id):
     """Upload the files that the finished run recorded; logs, checkpoints and anything else stay here."""
     folder = Path(args.output_dir)
     files = list(read_record(folder / FINISHED_FILE)["files"])
@@ -2384,10 +2382,10 @@ class Unused(Free):
     """A flag of prior preservation, accepted for old command lines."""
 
 
-def value(kind: Callable, words: str, fits: Callable) -> Callable[[str], object]:
+def value(kind, words, fits) -> Callable[[str], object]:
     """A type for argparse: values of a kind that fit, which is what `words` describe."""
 
-    def read(text: str) -> object:
+    def read(text) -> object:
         with contextlib.suppress(ValueError, RuntimeError):
             found = kind(text)
             if fits(found):
@@ -2398,17 +2396,17 @@ def value(kind: Callable, words: str, fits: Callable) -> Callable[[str], object]
     return read
 
 
-def between(kind: Callable, low: float, high: float) -> Callable[[str], object]:
+def between(kind, low, high) -> Callable[[str], object]:
     """A type for argparse: numbers in a range, its ends among them."""
     return value(kind, f"from {low} to {high}", lambda x: low <= x <= high)
 
 
-def boolean(text: str) -> bool:
+def boolean(text) -> bool:
     """Read true or false from a flag's value; `bool("False")` is True, which nobody means."""
     return ["false", "no", "0", "true", "yes", "1"].index(text.lower()) > 2
 
 
-def home_path(text: str) -> str:
+def home_path(text) -> str:
     """A path whose ~ is the home folder: shells leave it after `--output_dir=`."""
     if text.startswith("~"):
         return str(Path(text).expanduser())
@@ -2599,7 +2597,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(input_args: Sequence[str] | None = None) -> Namespace:
+def parse_args(input_args=None) -> Namespace:
     """Read and check the command line (`sys.argv` without `input_args`); a mistake ends in one sentence, status 2."""
     parser = make_parser()
     try:
@@ -2618,7 +2616,7 @@ def parse_args(input_args: Sequence[str] | None = None) -> Namespace:
     return args
 
 
-def read_flag_files(given: Sequence[str]) -> list[str]:
+def read_flag_files(given) -> list[str]:
     """The words of a command line. Where a flag may stand, @FILE stands for the words of a file, in a shell's form."""
     valued = [flag.name for flag in KNOWN_FLAGS if flag.type is not None]
     words = []
@@ -2633,7 +2631,7 @@ def read_flag_files(given: Sequence[str]) -> list[str]:
     return words
 
 
-def refuse_unknown(word: str) -> None:
+def refuse_unknown(word):
     """Raise `UsageError` for a flag that is not there, with the one that may be meant."""
     name = word.split("=")[0]
     if name in ADVANCED_FLAGS:
@@ -2643,7 +2641,7 @@ def refuse_unknown(word: str) -> None:
     raise UsageError(f"unrecognized arguments: {word}{meant}")
 
 
-def settle_arguments(args: Namespace) -> None:
+def settle_arguments(args):
     """Fill in what follows from other flags."""
     args.lora_alpha = args.lora_alpha or args.rank
     args.optimizer = args.optimizer.lower()
@@ -2661,7 +2659,7 @@ def settle_arguments(args: Namespace) -> None:
     derive_class_prompt(args)
 
 
-def derive_class_prompt(args: Namespace) -> None:
+def derive_class_prompt(args):
     """Where `--class_prompt` is not given: `--instance_prompt` without the word for the subject."""
     prompt = args.instance_prompt
     args.class_prompt_lacks = None
@@ -2678,7 +2676,7 @@ def derive_class_prompt(args: Namespace) -> None:
             args.class_prompt = class_caption(prompt, token, args.class_token or "")
 
 
-def customary_identifier(texts: Sequence[str]) -> str | None:
+def customary_identifier(texts) -> str | None:
     """The word customary for subjects, such as sks, that the texts hold, if it is one word in all of them."""
     found = set(IDENTIFIER.findall(" ".join(texts)))
     if len(found) == 1:
@@ -2686,7 +2684,7 @@ def customary_identifier(texts: Sequence[str]) -> str | None:
     return None
 
 
-def class_caption(caption: str, subject_token: str, class_token: str) -> str:
+def class_caption(caption, subject_token, class_token) -> str:
     """`anchor_caption`; raises `ValueError` also where nothing is left in the subject's place: "a photo of"."""
     before = rf"(?:^|\b(?:{SMALL_WORDS})\s+)"
     after = rf"(?!\w)(?:\s*(?:$|[.!?])|\s+(?:{SMALL_WORDS})\b)"
@@ -2697,7 +2695,7 @@ def class_caption(caption: str, subject_token: str, class_token: str) -> str:
     return anchor_caption(caption, subject_token, class_token)
 
 
-def check_places(args: Namespace) -> None:
+def check_places(args):
     """Raise `UsageError` for pictures, a base or an output folder that cannot be meant."""
     if (args.instance_data_dir is None) == (args.dataset_name is None):
         raise UsageError("pass the subject's pictures once: either --instance_data_dir or --dataset_name")
@@ -2718,7 +2716,7 @@ def check_places(args: Namespace) -> None:
             validate_repo_id(args.hub_model_id or output_dir.name)
 
 
-def check_anchor(args: Namespace) -> None:
+def check_anchor(args):
     """Raise `UsageError` where flags of the anchor and of masks contradict one another."""
     if args.class_token is not None and args.subject_token is None:
         raise UsageError("--class_token replaces --subject_token, which is not given: pass both")
@@ -2734,7 +2732,7 @@ def check_anchor(args: Namespace) -> None:
         raise UsageError("masks need the anchor, which holds what is outside of them: drop --anchor_weight 0")
 
 
-def check_packages(args: Namespace) -> None:
+def check_packages(args):
     """Raise `UsageError` for what this environment cannot do."""
     accumulation = str(args.gradient_accumulation_steps)
     if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", accumulation) != accumulation:
@@ -2758,13 +2756,13 @@ def check_packages(args: Namespace) -> None:
             raise UsageError(f"{flag} needs the package {package}, which is not installed: pip install {package}")
 
 
-def check_base_flags(args: Namespace) -> None:
+def check_base_flags(args):
     """Raise `UsageError` for what Stable Diffusion XL cannot do."""
     if args.do_edm_style_training and args.snr_gamma is not None:
         raise UsageError("--snr_gamma cannot go with --do_edm_style_training, which has weights of its own: drop one")
 
 
-def quantization_config(args: Namespace, dtype: torch.dtype = torch.float32) -> BitsAndBytesConfig | None:
+def quantization_config(args, dtype=torch.float32) -> BitsAndBytesConfig | None:
     """What `--bnb_quantization_config_path` says; 4-bit weights compute in `dtype` unless the file says otherwise."""
     file = args.bnb_quantization_config_path
     if file is None:
@@ -2780,7 +2778,7 @@ def quantization_config(args: Namespace, dtype: torch.dtype = torch.float32) -> 
     return config
 
 
-def warn_about_arguments(args: Namespace) -> None:
+def warn_about_arguments(args):
     """Say once what was accepted and is not used, and what is hardly meant."""
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")  # `accelerate launch` always names one
     if backend.lower() != "no":
@@ -2803,7 +2801,7 @@ def warn_about_arguments(args: Namespace) -> None:
 # ---- The run ----
 
 
-def start_accelerator(args: Namespace) -> Accelerator:
+def start_accelerator(args) -> Accelerator:
     """Set up logging, precision, processes and the output folder; raises `UsageError` for what cannot work."""
     output_dir = Path(args.output_dir)
     # What accelerate reads from its configuration file and from the environment may be anything.
@@ -2840,14 +2838,14 @@ def start_accelerator(args: Namespace) -> Accelerator:
     return accelerator
 
 
-def make_printable(record: logging.LogRecord) -> bool:
+def make_printable(record) -> bool:
     """A filter for logging that lets everything through, without control characters."""
     record.msg = printable(record.msg)
     return True
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder):
     """Inside, no other run writes into the folder, if its file system has locks; raises `UsageError` if one does."""
     lock = FileLock(folder / ".lock", fallback_to_soft=False)  # a soft lock outlives a run that was killed
     try:
@@ -2865,7 +2863,7 @@ def locked(folder: Path) -> Iterator[None]:
             lock.release()
 
 
-def start_trackers(args: Namespace, accelerator: Accelerator) -> None:
+def start_trackers(args, accelerator):
     """Start what `--report_to` names, before models are loaded, and tell it the command line, without secrets."""
     errors = [ImportError, AttributeError, TypeError, RuntimeError]
     if args.report_to in ("wandb", "all") and importlib.util.find_spec("wandb"):
@@ -2875,7 +2873,7 @@ def start_trackers(args: Namespace, accelerator: Accelerator) -> None:
         accelerator.init_trackers(TRACKER, settings)
 
 
-def announce(run: Run) -> None:
+def announce(run):
     """Say in plain words what the run will do, and what is hardly meant."""
     args = run.args
     images = run.images
@@ -2903,7 +2901,7 @@ def announce(run: Run) -> None:
         logger.warning(f"{small} of {len(images)} pictures are smaller than --resolution {args.resolution}")
 
 
-def describe_device(device: torch.device) -> str:
+def describe_device(device) -> str:
     """What the run computes on; on a CPU, where it takes hours, also why."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -2913,7 +2911,7 @@ def describe_device(device: torch.device) -> str:
     return device.type
 
 
-def finish(run: Run, images: list[Image.Image], repo_id: str | None) -> None:
+def finish(run, images, repo_id):
     """The last pictures, the card and the upload: what can fail comes after the LoRA is written."""
     args = run.args
     folder = Path(args.output_dir)
@@ -2931,7 +2929,7 @@ def finish(run: Run, images: list[Image.Image], repo_id: str | None) -> None:
         logger.info(f"Written: {written(folder)}; use it with pipeline.load_lora_weights({args.output_dir!r})")
 
 
-def settle_run(args: Namespace, accelerator: Accelerator, images: SubjectImages) -> None:
+def settle_run(args, accelerator, images):
     """Steps and learning rate, where they follow from the number of pictures and processes."""
     samples = accelerator.num_processes * args.gradient_accumulation_steps
     args.steps_per_epoch = math.ceil(images.batches_per_epoch / samples)
@@ -2941,7 +2939,7 @@ def settle_run(args: Namespace, accelerator: Accelerator, images: SubjectImages)
         args.learning_rate *= samples * args.train_batch_size
 
 
-def check_resumed(args: Namespace, checkpoint: Path | None, state: dict, record: dict) -> None:
+def check_resumed(args, checkpoint, state, record):
     """Raise `UsageError` if the run that `record` describes cannot go on from the checkpoint."""
     flag = "--resume_from_checkpoint"
     if checkpoint is None:
@@ -2956,7 +2954,7 @@ def check_resumed(args: Namespace, checkpoint: Path | None, state: dict, record:
         raise UsageError(f"{flag} {checkpoint} is of another run: {changed}; {advice}")
 
 
-def run_stages(args: Namespace, accelerator: Accelerator, signals: StopRequests) -> None:
+def run_stages(args, accelerator, signals):
     """What `main` does, in the folder that it has locked."""
     output_dir = Path(args.output_dir)
     warn_about_arguments(args)
@@ -3009,7 +3007,7 @@ def run_stages(args: Namespace, accelerator: Accelerator, signals: StopRequests)
     accelerator.end_training()
 
 
-def main(args: Namespace) -> None:
+def main(args):
     """Train as the command line says; raises `UsageError` for what the user can mend, before a model is loaded."""
     args = Namespace(**vars(args))  # settled on the way
     with StopRequests() as signals:
