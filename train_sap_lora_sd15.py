@@ -125,7 +125,7 @@ def predict_anchors(
 ) -> list[Tensor]:
     """The anchors of Eq. 5, arXiv 2511.22245: eps_theta'(z_t, c_cls, t), for several coming micro-steps at once.
 
-    Call it in the autocast context of the student's forward: outside of it the rounding differs.
+    Call it in the precision in which the student computes, inside autocast if that is: else the rounding differs.
 
     Args:
         model: the denoiser with its adapters, not wrapped by DDP.
@@ -319,6 +319,7 @@ class Run:
     scheduler: diffusers.SchedulerMixin
     record: dict  # of `describe_run`
     signals: StopRequests
+    loss_of: Callable[..., dict[str, Tensor]]  # `loss_terms`, or what `main` was given in its place
     given_up: set[str] = dataclasses.field(default_factory=set)  # what was told to have failed
     base_pictures: dict[str, list] = dataclasses.field(default_factory=dict)  # for grids, by prompt, once made
 
@@ -482,13 +483,13 @@ def anchors_of(run, steps) -> list[Tensor | None]:
     )
 
 
-def loss_terms(step, anchor, student, args) -> dict[str, Tensor]:
+def loss_terms(step, anchor, student, run) -> dict[str, Tensor]:
     """Student forward and objective of one micro-step: "loss", which is trained on, and what else is logged."""
     prediction = to_target_space(student(step.model_input, step.timesteps, step.conditioning, step.prompts), step)
     if anchor is not None:
         anchor = to_target_space(anchor, step)
     loss, reconstruction, anchor_distance = semantic_anchor_loss(
-        prediction, step.target, anchor, args.anchor_weight, step.sample_weights, step.mask
+        prediction, step.target, anchor, run.args.anchor_weight, step.sample_weights, step.mask
     )
     terms = {"loss": loss, "loss/reconstruction": reconstruction}
     if anchor is not None:
@@ -683,7 +684,7 @@ def train(run, training) -> int:
             for step, anchor in itertools.islice(coming, accumulation):
                 seed_dropout(run, step.index)
                 with accelerator.accumulate(training.student):
-                    terms = loss_terms(step, anchor, training.student, args)
+                    terms = run.loss_of(step, anchor, training.student, run)
                     accelerator.backward(terms["loss"])
                 seen.append(terms)
                 pictures += step.pictures
@@ -863,7 +864,7 @@ def log_held_out(run, step):
             item = images[held_out[number % len(held_out)], (run.args.seed, "held out", number)]
             drawn = draw_micro_step(run, -1 - number, [item])
             (anchor,) = anchors_of(run, [drawn])
-            found.append(loss_terms(drawn, anchor, run.student, run.args))
+            found.append(run.loss_of(drawn, anchor, run.student, run))
     means = {name: torch.stack([terms[name] for terms in found]).mean().item() for name in found[0]}
     if not math.isfinite(means["loss"]):
         raise not_finite(run, f"the loss on --validation_data_dir at step {step} is {means['loss']}")
@@ -1607,7 +1608,7 @@ def read_lora(args, unet_config) -> tuple[dict[str, Tensor], dict]:
     return state, notes[-1] or {}
 
 
-def prepare(args, accelerator, images, **more) -> Run:
+def prepare(args, accelerator, images, loss_of=None, **more) -> Run:
     """Go through the stages, each of which lets go of what the next one does not need before that loads anything."""
     pipeline = load_text_pipeline(args, accelerator, images)
     embeddings, sampling_inputs = encode_texts(args, pipeline, images)
@@ -1629,6 +1630,7 @@ def prepare(args, accelerator, images, **more) -> Run:
     if args.init_lora is not None:
         load_init_lora(args, modules)
     student = Student(denoiser, pipeline)
+    more["loss_of"] = loss_of or loss_terms
     return Run(args, accelerator, images, embeddings, sampling_inputs, vae, posteriors, student, **more)
 
 
@@ -2845,7 +2847,7 @@ def check_resumed(args, checkpoint, state, record):
         raise UsageError(f"{flag} {checkpoint} is of another run: {changed}; {advice}")
 
 
-def run_stages(args, accelerator, signals):
+def run_stages(args, accelerator, signals, loss_of):
     """What `main` does, in the folder that it has locked."""
     output_dir = Path(args.output_dir)
     warn_about_arguments(args)
@@ -2882,7 +2884,7 @@ def run_stages(args, accelerator, signals):
         cut_metrics(output_dir, start)
     start_trackers(args, accelerator)
 
-    run = prepare(args, accelerator, images, scheduler=scheduler, record=record, signals=signals)
+    run = prepare(args, accelerator, images, scheduler=scheduler, record=record, signals=signals, loss_of=loss_of)
     announce(run)
     training = start_training(run, checkpoint, start)
     if training.step >= args.max_train_steps:
@@ -2898,8 +2900,11 @@ def run_stages(args, accelerator, signals):
     accelerator.end_training()
 
 
-def main(args):
-    """Train as the command line says; raises `UsageError` for what the user can mend, before a model is loaded."""
+def main(args, loss_of=None):
+    """Train as the command line says; raises `UsageError` for what the user can mend, before a model is loaded.
+
+    `loss_of(micro_step, anchor, student, run)` takes the place of `loss_terms`: another objective on the same draws.
+    """
     args = Namespace(**vars(args))  # settled on the way
     with StopRequests() as signals:
         accelerator = start_accelerator(args)
@@ -2908,7 +2913,7 @@ def main(args):
             lock = locked(Path(args.output_dir))
         with lock:
             accelerator.wait_for_everyone()
-            run_stages(args, accelerator, signals)
+            run_stages(args, accelerator, signals, loss_of)
 
 
 if __name__ == "__main__":

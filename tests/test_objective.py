@@ -38,10 +38,10 @@ def test_gradient_is_that_of_the_blend_scaled(base, snr, weight, request, photos
     run = make_run("train_sap_lora_sd15", flags(request.getfixturevalue(base), photos, tmp_path, *more))[1]
     randomise_adapters(run)
     step, anchor = draw(sap, run)
-    sap.loss_terms(step, anchor, run.student, run.args)["loss"].backward()
+    sap.loss_terms(step, anchor, run.student, run)["loss"].backward()
     of_objective = gradients(run)
     step.target = (step.target + weight * anchor) / (1 + weight)
-    sap.loss_terms(step, None, run.student, run.args)["loss"].backward()
+    sap.loss_terms(step, None, run.student, run)["loss"].backward()
     of_blend = gradients(run)
     largest = max(gradient.abs().max() for gradient in of_objective.values())
     assert largest > 1e-4
@@ -60,7 +60,7 @@ def test_weights_of_samples_multiply_both_terms():
 
 def test_without_anchor_it_is_the_plain_loss(run):
     step, _ = draw(sap, run)
-    terms = sap.loss_terms(step, None, run.student, run.args)
+    terms = sap.loss_terms(step, None, run.student, run)
     prediction = predict(run.student.denoiser, step, step.conditioning)
     assert terms.keys() == {"loss", "loss/reconstruction"}
     assert torch.equal(terms["loss"], torch.nn.functional.mse_loss(prediction, step.target))
@@ -104,7 +104,7 @@ def test_anchor_equals_the_base_model_before_and_after_training(more, sd15, phot
         with torch.no_grad(), run.accelerator.autocast():
             expected = predict(base, step, step.anchor_conditioning)
         assert torch.equal(anchor, expected)
-        sap.loss_terms(step, anchor, training.student, run.args)["loss"].backward()
+        sap.loss_terms(step, anchor, training.student, run)["loss"].backward()
         training.optimizer.step()
     with torch.no_grad(), run.accelerator.autocast():
         moved = predict(run.student.denoiser, step, step.anchor_conditioning)
@@ -199,7 +199,7 @@ def test_student_gets_gradients_after_the_anchor_with_and_without_checkpointing(
     step, anchor = draw(sap, run)
     found = []
     for _ in range(2):
-        sap.loss_terms(step, anchor, run.student, run.args)["loss"].backward()
+        sap.loss_terms(step, anchor, run.student, run)["loss"].backward()
         found.append(gradients(run))
         run.student.denoiser.enable_gradient_checkpointing()
     assert all(gradient.abs().max() > 0 for gradient in found[0].values())
@@ -213,7 +213,7 @@ def test_all_adapters_train_with_text_encoder_and_half_precision(source, sd15, p
     randomise_adapters(run)
     step, _ = draw(sap, run)
     (anchor,) = anchors_of(sap, run, [step], source=source)
-    sap.loss_terms(step, anchor, run.accelerator.prepare(run.student), run.args)["loss"].backward()
+    sap.loss_terms(step, anchor, run.accelerator.prepare(run.student), run)["loss"].backward()
     assert {name.split(".")[0] for name in run.student.trained()} == {"denoiser", "text_encoders"}
     assert [name for name, parameter in run.student.trained().items() if not parameter.grad.abs().max() > 0] == []
 

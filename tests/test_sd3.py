@@ -99,9 +99,9 @@ def test_gradient_is_that_of_the_blend_scaled(precondition, scheme, sd3, photos,
     randomise_adapters(run)
     step, anchor = draw(sap, run)
     adapters = list(run.student.trained().values())
-    of_objective = torch.autograd.grad(sap.loss_terms(step, anchor, run.student, run.args)["loss"], adapters)
+    of_objective = torch.autograd.grad(sap.loss_terms(step, anchor, run.student, run)["loss"], adapters)
     step.target = (step.target + weight * sap.to_target_space(anchor, step)) / (1 + weight)
-    of_blend = torch.autograd.grad(sap.loss_terms(step, None, run.student, run.args)["loss"], adapters)
+    of_blend = torch.autograd.grad(sap.loss_terms(step, None, run.student, run)["loss"], adapters)
     largest = max(gradient.abs().max() for gradient in of_objective)
     assert largest > 1e-4
     for one, other in zip(of_objective, of_blend, strict=True):
@@ -119,7 +119,7 @@ def test_weight_of_the_anchor_does_not_depend_on_sigma(precondition, scheme, log
         velocity = (step.target - step.skip * step.model_input) / step.scale
         error = torch.randn(velocity.shape, generator=sap.keyed_generator(index))
         prediction = velocity + error  # as far from the truth as from the anchor
-        terms = sap.loss_terms(step, prediction + error, lambda *_, p=prediction: p, run.args)
+        terms = sap.loss_terms(step, prediction + error, lambda *_, p=prediction: p, run)
         distance = terms["loss/anchor"]
         assert torch.isclose(terms["loss/reconstruction"], distance, rtol=1e-3)
         assert distance > 0
@@ -130,7 +130,7 @@ def test_small_distances_survive_half_precision(sd3, photos, tmp_path):
     step, anchor = draw(sap, run)
     assert anchor.dtype == torch.bfloat16
     prediction = anchor * 1.01
-    distance = sap.loss_terms(step, anchor, lambda *_: prediction, run.args)["loss/anchor"]
+    distance = sap.loss_terms(step, anchor, lambda *_: prediction, run)["loss/anchor"]
     sigmas = (step.timesteps / 1000).double()[:, None, None, None]
     expected = ((sigmas * (prediction.double() - anchor.double())) ** 2).mean()
     assert expected < 1e-6
@@ -151,7 +151,7 @@ def test_anchor_equals_the_base_model_before_and_after_training(more, sd35, phot
         with torch.no_grad(), run.accelerator.autocast():
             expected = sap.denoise(base, step.model_input, step.timesteps, step.anchor_conditioning)
         assert torch.equal(anchor, expected)
-        sap.loss_terms(step, anchor, training.student, run.args)["loss"].backward()
+        sap.loss_terms(step, anchor, training.student, run)["loss"].backward()
         training.optimizer.step()
     with torch.no_grad(), run.accelerator.autocast():
         moved = sap.denoise(run.student.denoiser, step.model_input, step.timesteps, step.anchor_conditioning)

@@ -130,9 +130,9 @@ def test_gradient_is_that_of_the_blend_scaled(base, more, bases, photos, tmp_pat
     randomise_adapters(run)
     adapters = list(run.student.trained().values())
     step, anchor = draw(sap, run)
-    of_objective = torch.autograd.grad(sap.loss_terms(step, anchor, run.student, run.args)["loss"], adapters)
+    of_objective = torch.autograd.grad(sap.loss_terms(step, anchor, run.student, run)["loss"], adapters)
     step.target = (step.target + 0.7 * sap.to_target_space(anchor, step)) / 1.7
-    of_blend = torch.autograd.grad(sap.loss_terms(step, None, run.student, run.args)["loss"], adapters)
+    of_blend = torch.autograd.grad(sap.loss_terms(step, None, run.student, run)["loss"], adapters)
     largest = max(gradient.abs().max() for gradient in of_objective)
     assert largest > 1e-4
     for one, other in zip(of_objective, of_blend, strict=True):
@@ -146,10 +146,10 @@ def test_a_student_that_says_what_the_anchor_says_has_no_anchor_term(base, more,
     _, run = make_run(SCRIPT, flags(bases[base], photos, tmp_path, *more))
     student = run.accelerator.prepare(run.student)  # a new LoRA does nothing
     step, anchor = draw(sap, run)
-    terms = sap.loss_terms(step, anchor, student, run.args)
+    terms = sap.loss_terms(step, anchor, student, run)
     assert terms["loss/anchor"] > 1e-6 * terms["loss/reconstruction"]
     step.conditioning = step.anchor_conditioning
-    assert sap.loss_terms(step, anchor, student, run.args)["loss/anchor"] == 0
+    assert sap.loss_terms(step, anchor, student, run)["loss/anchor"] == 0
 
 
 @pytest.mark.parametrize(("base", "more"), EDM_PROCESSES)
@@ -191,7 +191,7 @@ def test_edm_training_of_an_ordinary_base_is_its_own_loss(base, bases, photos, t
     expected = (noise - prediction) ** 2
     if base == "v":
         expected = alphas * (process.get_velocity(step.target, noise, timesteps) - prediction) ** 2
-    loss = sap.loss_terms(step, None, run.student, run.args)["loss"]
+    loss = sap.loss_terms(step, None, run.student, run)["loss"]
     assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-3)
 
 

@@ -159,26 +159,6 @@ def l2(script: ModuleType, run, step, anchor: None, student) -> dict[str, torch.
 METHODS = {"prior": prior, "dco": dco, "dop": dop, "l2": l2}
 
 
-def train_with(script: ModuleType, args: argparse.Namespace, loss: Loss) -> None:
-    """The script's `main`, which trains on `loss`."""
-    prepare, terms = script.prepare, script.loss_terms
-
-    def prepare_and_tell(*arguments, **more):
-        run = prepare(*arguments, **more)
-
-        def loss_terms(step, anchor, student, args):
-            return loss(script, run, step, anchor, student)
-
-        script.loss_terms = loss_terms
-        return run
-
-    script.prepare = prepare_and_tell
-    try:
-        script.main(args)
-    finally:
-        script.prepare, script.loss_terms = prepare, terms
-
-
 def main(args: argparse.Namespace) -> None:
     """Train as the script does, with the method's loss in place of its own."""
     args = argparse.Namespace(**vars(args))
@@ -188,7 +168,12 @@ def main(args: argparse.Namespace) -> None:
     # Flags of the script, too, which it warns of.
     args.class_data_dir = None
     args.num_class_images = 100
-    train_with(script, args, METHODS[args.method])
+    loss = METHODS[args.method]
+
+    def loss_of(step, anchor, student, run) -> dict[str, torch.Tensor]:
+        return loss(script, run, step, anchor, student)
+
+    script.main(args, loss_of)
 
 
 if __name__ == "__main__":
