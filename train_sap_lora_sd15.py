@@ -319,7 +319,7 @@ class Run:
     scheduler: diffusers.SchedulerMixin
     record: dict  # of `describe_run`
     signals: StopRequests
-    loss_of: Callable[..., dict[str, Tensor]]  # `loss_terms`, or what `main` was given in its place
+    loss_of: Callable[..., dict[str, Tensor]] | None = None  # what `main` was given in the place of `loss_terms`
     given_up: set[str] = dataclasses.field(default_factory=set)  # what was told to have failed
     base_pictures: dict[str, list] = dataclasses.field(default_factory=dict)  # for grids, by prompt, once made
 
@@ -675,6 +675,7 @@ def train(run, training) -> int:
     args = run.args
     accelerator = run.accelerator
     accumulation = args.gradient_accumulation_steps
+    loss_of = run.loss_of or loss_terms
     progress = tqdm(total=args.max_train_steps, initial=training.step, desc="Steps")
     # Both are closed before an error is told.
     with contextlib.closing(micro_steps(run, training.step * accumulation)) as coming, progress:
@@ -684,7 +685,7 @@ def train(run, training) -> int:
             for step, anchor in itertools.islice(coming, accumulation):
                 seed_dropout(run, step.index)
                 with accelerator.accumulate(training.student):
-                    terms = run.loss_of(step, anchor, training.student, run)
+                    terms = loss_of(step, anchor, training.student, run)
                     accelerator.backward(terms["loss"])
                 seen.append(terms)
                 pictures += step.pictures
@@ -859,12 +860,13 @@ def log_held_out(run, step):
     if not held_out:
         return
     found = []
+    loss_of = run.loss_of or loss_terms
     with evaluating(run.student):
         for number in range(8 * len(held_out)):  # each picture eight times
             item = images[held_out[number % len(held_out)], (run.args.seed, "held out", number)]
             drawn = draw_micro_step(run, -1 - number, [item])
             (anchor,) = anchors_of(run, [drawn])
-            found.append(run.loss_of(drawn, anchor, run.student, run))
+            found.append(loss_of(drawn, anchor, run.student, run))
     means = {name: torch.stack([terms[name] for terms in found]).mean().item() for name in found[0]}
     if not math.isfinite(means["loss"]):
         raise not_finite(run, f"the loss on --validation_data_dir at step {step} is {means['loss']}")
@@ -1608,7 +1610,7 @@ def read_lora(args, unet_config) -> tuple[dict[str, Tensor], dict]:
     return state, notes[-1] or {}
 
 
-def prepare(args, accelerator, images, loss_of=None, **more) -> Run:
+def prepare(args, accelerator, images, **more) -> Run:
     """Go through the stages, each of which lets go of what the next one does not need before that loads anything."""
     pipeline = load_text_pipeline(args, accelerator, images)
     embeddings, sampling_inputs = encode_texts(args, pipeline, images)
@@ -1630,7 +1632,6 @@ def prepare(args, accelerator, images, loss_of=None, **more) -> Run:
     if args.init_lora is not None:
         load_init_lora(args, modules)
     student = Student(denoiser, pipeline)
-    more["loss_of"] = loss_of or loss_terms
     return Run(args, accelerator, images, embeddings, sampling_inputs, vae, posteriors, student, **more)
 
 
