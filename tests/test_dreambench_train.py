@@ -511,7 +511,7 @@ def terms(method, strength, anchor=None):
     )
     student = Linear(0.5)
     anchor = anchor and torch.full((2, 4, 2, 2), anchor)
-    loss = neighbours.METHODS[method](functions, run, step, anchor, student)["loss"]
+    loss = neighbours.METHODS[method](functions, step, anchor, student, run)["loss"]
     loss.backward()
     return loss.item(), student.value.grad.item()
 
@@ -540,6 +540,14 @@ def test_the_frozen_model_of_dco_is_the_student_without_its_lora(tmp_path):
     rows = [json.loads(row) for row in (tmp_path / "ball" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert abs(rows[-1]["loss"] - math.log(2)) > 1e-3  # the frozen one did not move along
+
+
+def test_the_loss_on_photos_that_are_held_out_is_the_neighbours(tmp_path):
+    held_out = ["--class_prompt=a photo of a ball", f"--validation_data_dir={DATA / 'star'}", "--validation_steps=1"]
+    neighbour("dco", tmp_path / "ball", *held_out)
+    rows = [json.loads(row) for row in (tmp_path / "ball" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] > 1
+    assert [row["val/change"] > 0 for row in rows if "val/change" in row] == [True] * rows[-1]["step"]
 
 
 def test_flags_without_meaning_for_neighbours_are_refused(tmp_path, capsys):

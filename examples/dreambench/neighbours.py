@@ -18,9 +18,10 @@ another loss.
 """
 
 import argparse
+import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -33,8 +34,6 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 STRENGTHS = {"prior": 1.0, "dco": 1000.0, "dop": 1.0, "l2": 1e-6}
 CLASS_BATCH = 4  # class pictures made at once
-
-Loss = Callable[..., dict[str, torch.Tensor]]  # (script, run, step, anchor, student) -> "loss", and its terms
 
 
 def parse_args(input_args: Sequence[str] | None = None, script: ModuleType | None = None) -> argparse.Namespace:
@@ -107,7 +106,7 @@ def squared_errors(step, prediction: torch.Tensor) -> torch.Tensor:
     return step.mask * step.sample_weights * (step.target - prediction) ** 2
 
 
-def prior(script: ModuleType, run, step, anchor: None, student) -> dict[str, torch.Tensor]:
+def prior(script: ModuleType, step, anchor: None, student, run) -> dict[str, torch.Tensor]:
     """Each micro-step gets a second one of as many class pictures, with noise and timesteps of its own.
 
     They are the pictures that are held out, so batches never hold them, and are cropped in the middle, not mirrored.
@@ -126,7 +125,7 @@ def prior(script: ModuleType, run, step, anchor: None, student) -> dict[str, tor
     return {"loss": loss, "loss/reconstruction": reconstruction, "loss/class": class_term}
 
 
-def dco(script: ModuleType, run, step, anchor: None, student) -> dict[str, torch.Tensor]:
+def dco(script: ModuleType, step, anchor: None, student, run) -> dict[str, torch.Tensor]:
     """-log sigmoid(-s (L_student - L_frozen)) of each sample; the frozen model sees the subject's own prompt."""
     with torch.no_grad(), script.adapters_disabled(student):
         frozen = predict(script, step, student)
@@ -138,7 +137,7 @@ def dco(script: ModuleType, run, step, anchor: None, student) -> dict[str, torch
     return {"loss": loss, "loss/reconstruction": errors.mean(), "loss/change": change}
 
 
-def dop(script: ModuleType, run, step, anchor: torch.Tensor, student) -> dict[str, torch.Tensor]:
+def dop(script: ModuleType, step, anchor: torch.Tensor, student, run) -> dict[str, torch.Tensor]:
     """student(class) is drawn to frozen(class); the subject's prompt is only regressed to its target."""
     reconstruction = squared_errors(step, predict(script, step, student)).mean()
     of_class = student(step.model_input, step.timesteps, step.anchor_conditioning, step.prompts)
@@ -148,7 +147,7 @@ def dop(script: ModuleType, run, step, anchor: torch.Tensor, student) -> dict[st
     return {"loss": loss, "loss/reconstruction": reconstruction, "loss/preservation": preservation}
 
 
-def l2(script: ModuleType, run, step, anchor: None, student) -> dict[str, torch.Tensor]:
+def l2(script: ModuleType, step, anchor: None, student, run) -> dict[str, torch.Tensor]:
     """The squares of A and B, summed."""
     reconstruction = squared_errors(step, predict(script, step, student)).mean()
     squares = sum(parameter.square().sum() for parameter in student.parameters() if parameter.requires_grad)
@@ -168,12 +167,7 @@ def main(args: argparse.Namespace) -> None:
     # Flags of the script, too, which it warns of.
     args.class_data_dir = None
     args.num_class_images = 100
-    loss = METHODS[args.method]
-
-    def loss_of(step, anchor, student, run) -> dict[str, torch.Tensor]:
-        return loss(script, run, step, anchor, student)
-
-    script.main(args, loss_of)
+    script.main(args, functools.partial(METHODS[args.method], script))
 
 
 if __name__ == "__main__":
