@@ -3002,7 +3002,7 @@ def run_stages(args, accelerator, signals, loss_of):
     begun = time.monotonic()
     train_and_keep(run, training)
     seconds = (time.monotonic() - begun) / max(1, training.step - start)
-    took = f"Took:     {seconds:.3g} s a step"
+    took = f"Took:     {seconds:.3g} s a step, with its share of pictures and checkpoints"
     if run.device.type == "cuda":
         took += f", at most {torch.cuda.max_memory_allocated() / 2**30:.3g} GB of the GPU's memory"
     finish(run, training.images, repo_id)

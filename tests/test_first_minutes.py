@@ -285,4 +285,4 @@ def test_nothing_foreign_is_said_before_our_first_line(sd15, photos, tmp_path):
     assert result.returncode == 0, result.stderr
     lines = [line.split("\r")[-1] for line in result.stderr.splitlines() if not re.search(r"\d+%\||^\s*$", line)]
     assert lines[0].startswith("Device: ")
-    assert any(re.match(r"Took: +\S+ s a step$", line) for line in lines)
+    assert any(re.match(r"Took: +\S+ s a step, with its share of pictures and checkpoints$", line) for line in lines)
