@@ -257,20 +257,40 @@ def test_what_needs_an_identifier_is_judged_where_one_means_something(scripts):
 
 def test_the_gain_over_early_stopping(scripts):
     """The line from (.8, .1) over (.6, .5) to (.4, .6): at .6 it has .5, at fidelity .3 it has .7."""
-    report, gain = scripts["tiny_tables"], scripts["tiny_numbers"].gain
+    report, numbers = scripts["tiny_tables"], scripts["tiny_numbers"]
+
+    def gain(found, along):
+        return numbers.gain(found, (report.SAP, 8), numbers.stops(found, report.W0), along)
+
     path = {"base": (0.8, 0.1), "w0_4": (0.6, 0.5), "w0_8": (0.4, 0.6)}
     above = found_of(scripts, **path, sap=(0.6, 0.58))
-    assert gain(above, (report.SAP, 8), report.W0, 0).value == pytest.approx(0.08, abs=0.005)
-    assert gain(above, (report.SAP, 8), report.W0, 0).side() == 1
+    assert gain(above, 0).value == pytest.approx(0.08, abs=0.005)
+    assert gain(above, 0).side() == 1
     beside = found_of(scripts, **path, sap=(0.65, 0.3))
-    assert gain(beside, (report.SAP, 8), report.W0, 1).value == pytest.approx(-0.05, abs=0.005)
+    assert gain(beside, 1).value == pytest.approx(-0.05, abs=0.005)
     beyond = found_of(scripts, **path, sap=(0.5, 0.7), sap_4=(0.6, 0.58))
-    assert gain(beyond, (report.SAP, 8), report.W0, 1).low == np.inf
+    assert gain(beyond, 1).low == np.inf
     written = report.frontier([beyond])
     early, whole = (line for line in written.splitlines() if "| w = 0.5" in line)
     assert "| **.15" in whole and "| **beyond [beyond, beyond]** |" in whole
     assert "w = 0.5, 4 steps | **.08" in early  # the anchor is stopped early, too
     assert "Of 4 intervals 4 are above zero and 0 below; chance alone would put about 0" in written
+
+
+def test_changes_of_the_anchor_are_judged_against_the_line_of_w(scripts):
+    """w = 1, w = 0.5 at .2 and .6; an offer at .5 aligns as the line at .3 and halves PRES."""
+    report = scripts["tiny_tables"]
+    curve = {"base": (0.8, 0.1), "w1": (0.7, 0.2), "sap": (0.6, 0.6), "w0": (0.5, 0.7)}
+    found = found_of(scripts, **curve, **{"share0.1": (0.675, 0.5)})
+    for run, pres in (("base", 0.1), (report.SAP, 0.7), (report.W1, 0.1), ("share0.1", 0.4)):
+        for subject in range(3):
+            found.put(run, 0 if run == "base" else 8, "pres", (f"s{subject}", 0), pres + 0.01 * subject)
+    share, stronger = report.offers([found]).splitlines()[2:]
+    cells = [cell.strip(" *") for cell in share.split("|")]
+    assert cells[2] == "10% of samples see the class prompt" and cells[6] == "50%"
+    assert [cells[i].split(" [")[0] for i in (3, 4, 5)] == [".075", "-.100", "-.300"]
+    assert float(cells[7].split(" [")[0]) == pytest.approx(0.2, abs=0.005)
+    assert [cell.strip() for cell in stronger.split("|")][6:9] == ["100%", "", ""]
 
 
 def test_gains_of_means_alone_have_no_interval(scripts, tmp_path):

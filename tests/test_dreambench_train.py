@@ -495,17 +495,20 @@ class Linear(torch.nn.Module):
 def terms(method, strength, anchor=None):
     """The method's loss and its derivative by the student's value of 0.5: target 1, weights 1 and 3, two samples."""
     script = benchmark.load_script(ROOT / "train_sap_lora_sd15.py")
-    functions = argparse.Namespace(to_target_space=script.to_target_space, adapters_disabled=contextlib.nullcontext)
-    run = argparse.Namespace(args=argparse.Namespace(strength=strength))
+    functions = argparse.Namespace(**vars(script))
+    functions.adapters_disabled = contextlib.nullcontext
+    run = argparse.Namespace(args=argparse.Namespace(strength=strength, anchor_weight=0.5, seed=0))
+    run.accelerator = argparse.Namespace(process_index=0)
+    run.scheduler = argparse.Namespace(config=argparse.Namespace(num_train_timesteps=4))
     step = script.MicroStep(
         index=0,
         pictures=[0, 1],
         prompts=["a", "b"],
-        conditioning={"c": 0.0},
-        anchor_conditioning={"c": 0.25},
+        conditioning={"c": torch.zeros(2, 1, 1, 1)},
+        anchor_conditioning={"c": torch.full((2, 1, 1, 1), 0.25)},
         mask=1.0,
         model_input=torch.zeros(2, 4, 2, 2),
-        timesteps=torch.zeros(2),
+        timesteps=torch.ones(2),
         target=torch.ones(2, 4, 2, 2),
         sample_weights=torch.tensor([1.0, 3.0])[:, None, None, None],
     )
@@ -528,7 +531,16 @@ def test_the_neighbours_losses_are_those_of_their_papers():
     assert terms("dco", 1.5) == pytest.approx((expected, slope), rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["prior", "dco", "dop", "l2"])
+def test_the_changes_of_the_anchor_by_hand():
+    # all samples see the class prompt: no photo is a target, .5 * mean(weights * (.75 - .55) ** 2)
+    assert terms("share", 1.0, anchor=0.55) == pytest.approx((0.04, 0.4))
+    assert terms("share", 0.0, anchor=0.3) == pytest.approx((0.5 + 0.04, -2.0 + 0.4))  # and none: the anchor as it is
+    # a quarter of the noise: w is .25 where it rises, .75 where it falls
+    assert terms("rising", 1.0, anchor=0.3) == pytest.approx((0.5 + 0.02, -2.0 + 0.2))
+    assert terms("falling", 1.0, anchor=0.3) == pytest.approx((0.5 + 0.06, -2.0 + 0.6))
+
+
+@pytest.mark.parametrize("method", ["prior", "dco", "dop", "l2", "share", "falling"])
 @pytest.mark.parametrize("backbone", ["sdxl", "sd3"])
 def test_neighbours_of_the_other_backbones(tmp_path, method, backbone):
     assert neighbour(method, tmp_path / "ball", backbone=backbone)

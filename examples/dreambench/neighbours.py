@@ -13,11 +13,19 @@
             which costs one more forward and backward
     l2      s times the squares of the LoRA's A and B (arXiv 2505.19519)
 
+and, to learn whether they are worth having, changes of the anchor itself, at w = 0.5:
+
+    share   for a share s of the samples the student sees the class prompt and learns nothing but the anchor
+    rising  the anchor's weight rises with the noise, from none to twice w; s has no meaning (T-LoRA, arXiv
+            2507.05964, finds that the noisiest timesteps overfit most)
+    falling the anchor's weight falls with the noise, from twice w to none
+
 s is --strength. The training script of the backbone does everything else and takes all other flags: it is given
 another loss.
 """
 
 import argparse
+import dataclasses
 import functools
 import os
 import sys
@@ -32,7 +40,9 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-STRENGTHS = {"prior": 1.0, "dco": 1000.0, "dop": 1.0, "l2": 1e-6}
+STRENGTHS = {"prior": 1.0, "dco": 1000.0, "dop": 1.0, "l2": 1e-6, "share": 0.25, "rising": 1.0, "falling": 1.0}
+# Where it is above 0 the script predicts anchors; `dop` has a weight of its own, which is s.
+ANCHOR_WEIGHTS = {"dop": 1.0, "share": 0.5, "rising": 0.5, "falling": 0.5}
 CLASS_BATCH = 4  # class pictures made at once
 
 
@@ -52,7 +62,7 @@ def parse_args(input_args: Sequence[str] | None = None, script: ModuleType | Non
         parser.error("--anchor_weight, --anchor_source and --train_text_encoder have no meaning here: leave them out")
     own.script = script or load_script(ROOT / f"train_sap_lora_{own.backbone}.py")
     own.strength = STRENGTHS[own.method] if own.strength is None else own.strength
-    weight = f"--anchor_weight={float(own.method == 'dop')}"  # above 0 the script predicts anchors
+    weight = f"--anchor_weight={ANCHOR_WEIGHTS.get(own.method, 0)}"
     args = argparse.Namespace(**vars(own.script.parse_args([*rest, weight])) | vars(own))
     if args.method == "prior" and (args.class_prompt is None or args.num_class_images < 1):
         parser.error("--method prior needs --class_prompt and at least one of --num_class_images")
@@ -155,7 +165,45 @@ def l2(script: ModuleType, step, anchor: None, student, run) -> dict[str, torch.
     return {"loss": loss, "loss/reconstruction": reconstruction, "loss/l2": squares}
 
 
-METHODS = {"prior": prior, "dco": dco, "dop": dop, "l2": l2}
+def share(script: ModuleType, step, anchor: torch.Tensor, student, run) -> dict[str, torch.Tensor]:
+    """Samples that are drawn by a key see the class prompt in the place of their own, and no photo is their target."""
+    key = (run.args.seed, run.accelerator.process_index, step.index, "share")
+    draws = torch.rand(len(step.prompts), generator=script.keyed_generator(*key))
+    of_class = (draws < run.args.strength).to(step.target.device)
+    conditioning = {}
+    for name, own in step.conditioning.items():
+        chosen = of_class.reshape(-1, *[1] * (own.ndim - 1))
+        conditioning[name] = torch.where(chosen, step.anchor_conditioning[name], own)
+    mask = step.mask * ~of_class[:, None, None, None]
+    return script.loss_terms(dataclasses.replace(step, conditioning=conditioning, mask=mask), anchor, student, run)
+
+
+def by_noise(falling: bool, script: ModuleType, step, anchor: torch.Tensor, student, run) -> dict[str, torch.Tensor]:
+    """The anchor's weight is w times twice the share of noise in the sample, or, falling, of what is no noise.
+
+    The mean of either over the timesteps that are drawn is w.
+    """
+    prediction = predict(script, step, student)
+    reconstruction = squared_errors(step, prediction).mean()
+    noise = step.timesteps.float()[:, None, None, None] / run.scheduler.config.num_train_timesteps
+    weight = 2 * noise
+    if falling:
+        weight = 2 * (1 - noise)
+    change = (prediction - script.to_target_space(anchor, step)) ** 2
+    anchor_term = (weight * step.sample_weights * change).mean()
+    loss = reconstruction + run.args.anchor_weight * anchor_term
+    return {"loss": loss, "loss/reconstruction": reconstruction, "loss/anchor": anchor_term}
+
+
+METHODS = {
+    "prior": prior,
+    "dco": dco,
+    "dop": dop,
+    "l2": l2,
+    "share": share,
+    "rising": functools.partial(by_noise, False),
+    "falling": functools.partial(by_noise, True),
+}
 
 
 def main(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ Many trainings share a process, so that one costs its steps and not its start. P
     rates       w = .5 and prior preservation at half and twice the rate, on the tuning subjects
     budget      both at the best of their three rates (tuning subjects), on the other subjects
     neighbours  DCO, differential output preservation, L2 on the LoRA
+    offers      samples that see the class prompt; an anchor whose weight rises, or falls, with the noise
 
 w of 0, .5 and 1, and the frontier's runs, are drawn at four steps. All have all of --seeds but the rates and the
 neighbours, which have the first one. What is there is not done again: parts, seeds, subjects and backbones can be
@@ -63,7 +64,7 @@ from benchmark import PROMPTS_FILE, HelpFormatter, load_script, read_benchmark  
 
 WORLD = ROOT / "examples" / "tiny_world"
 drift = load_script(ROOT / "examples" / "analysis" / "drift.py")
-PARTS = ("core", "curve", "masks", "frontier", "rates", "budget", "neighbours")
+PARTS = ("core", "curve", "masks", "frontier", "rates", "budget", "neighbours", "offers")
 CLASS_IMAGES = ["--num_class_images=24", "--sampling_steps=10", "--guidance_scale=3"]
 PLAIN_PROMPT = "a photo of {0} {1}"  # a prompt that names no scene
 

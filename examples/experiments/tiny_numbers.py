@@ -220,14 +220,19 @@ def gains(points: np.ndarray, along: int) -> np.ndarray:
     return points[..., 0, 1 - along] - heights.max(-1)
 
 
-def gain(found: Found, point: tuple[str, int], rival: str, along: int) -> Estimate | None:
-    """How far a (run, step) lies above the line of a run that is stopped early, which begins at the base model: in
-    fidelity at its alignment (along 0), or in alignment at its fidelity (along 1).
+def stops(found: Found, run: str) -> list[tuple[str, int]]:
+    """The points (run, step) of the line of a run that is stopped early: it begins at the base model."""
+    return [(BASE, 0), *((run, step) for step in found.steps(run, "clip_t"))]
+
+
+def gain(found: Found, point: tuple[str, int], line: Sequence[tuple[str, int]], along: int) -> Estimate | None:
+    """How far a (run, step) lies above the line through others, the first of which is the base model: in fidelity at
+    its alignment (along 0), or in alignment at its fidelity (along 1).
 
     Of the subjects and seeds that all have. The value is that of the means over all subjects, its interval by a
     bootstrap over subjects, each with all its seeds. None where the line has less than three points.
     """
-    places = [point, (BASE, 0), *((rival, step) for step in found.steps(rival, "clip_t"))]
+    places = [point, *line]
     numbers = [[found.get(run, metric, step) for metric in ("clip_t", "fidelity")] for run, step in places]
     trained = [alignment for (run, _), (alignment, _) in zip(places, numbers, strict=True) if run != BASE]
     pairs = set.intersection(*(set(alignment) for alignment in trained))

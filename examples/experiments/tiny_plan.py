@@ -8,6 +8,7 @@ RATE, RANK = 2e-3, 16
 RATES = (RATE / 2, RATE, RATE * 2)  # of which `best_rates` takes one
 EARLY = (0.125, 0.25, 0.5)  # shares of the steps at which a run is drawn too, as if it had been stopped there
 EQUAL_COMPUTE = 0.75  # share of the steps at which prior preservation has cost what the anchor costs in all of them
+SHARES = (0.1, 0.25, 0.5)  # of samples that see the class prompt
 SEEDS = (0, 1, 2)
 SAP, PRIOR = "w0.5-pretrained", "prior"  # the two that are compared at equal budget
 
@@ -43,10 +44,15 @@ def anchored(w: float, source: str = "pretrained", rate: float = RATE, rank: int
     return Run(name, flags, tags=tags, **options)
 
 
-def neighbour(method: str, rate: float = RATE, **options) -> Run:
+def neighbour(method: str, rate: float = RATE, strength: float | None = None, **options) -> Run:
+    """A run of neighbours.py."""
     name = at_rate(method, rate)
+    flags = (f"--learning_rate={rate:g}", f"--rank={RANK}")
+    if strength is not None:
+        name += f"{strength:g}"
+        flags += (f"--strength={strength:g}",)
     tags = {"rate": rate, "rank": RANK, "label": name}
-    return Run(name, (f"--learning_rate={rate:g}", f"--rank={RANK}"), method=method, tags=tags, **options)
+    return Run(name, flags, method=method, tags=tags, **options)
 
 
 def planned(early: Sequence[float] = EARLY) -> dict[str, list[Run]]:
@@ -72,4 +78,9 @@ def planned(early: Sequence[float] = EARLY) -> dict[str, list[Run]]:
         ],
         "rates": [run for rate in rates for run in (anchored(0.5, **rate), neighbour(PRIOR, **rate))],
         "neighbours": [neighbour(method, seeds=1, plain=True) for method in ("dco", "dop", "l2")],
+        "offers": [
+            *(neighbour("share", strength=share) for share in SHARES),
+            neighbour("rising"),
+            neighbour("falling"),
+        ],
     }

@@ -10,6 +10,7 @@
     budget       the anchor and prior preservation at equal steps and at equal compute
     masks        masks of the subject
     neighbours   DCO, differential output preservation, L2 on the LoRA
+    offers       samples that see the class prompt, and anchors whose weight follows the noise, against w = 0.5
     earlier_frontier    the frontier from the means in earlier_methods.csv
 
 A table stands between the lines <!-- NAME --> and <!-- end of NAME -->. A number is a mean over subjects, of means
@@ -39,9 +40,10 @@ from tiny_numbers import (
     estimate,
     gain,
     read_subjects,
+    stops,
     subject_means,
 )
-from tiny_plan import EQUAL_COMPUTE, PRIOR, RANK, RATE, RATES, SAP, at_rate, planned
+from tiny_plan import EQUAL_COMPUTE, PRIOR, RANK, RATE, RATES, SAP, SHARES, at_rate, planned
 
 W0, W1, FINETUNED = "w0-pretrained", "w1-pretrained", "w0.5-finetuned"
 CURVE = {W0: 0.0, "w0.25-pretrained": 0.25, SAP: 0.5, "w0.75-pretrained": 0.75, W1: 1.0}
@@ -49,7 +51,9 @@ MASKED = {f"{run}-masked": run for run in (SAP, "w0.25-pretrained")}
 NAMES = {run: f"w = {w:g}" for run, w in CURVE.items()} | {
     BASE: "base model", PRIOR: "prior preservation", FINETUNED: "w = 0.5, finetuned anchor", "dco": "DCO",
     "dop": "output preservation", "l2": "L2 on the LoRA", f"{SAP}-masked": "w = 0.5, masks",
-    "w0.25-pretrained-masked": "w = 0.25, masks"}  # fmt: skip
+    "w0.25-pretrained-masked": "w = 0.25, masks", "rising": "weight rises with the noise",
+    "falling": "weight falls with the noise"}  # fmt: skip
+NAMES |= {f"share{share:g}": f"{share:.0%} of samples see the class prompt" for share in SHARES}
 STOPPED = {W0: "w = 0 stopped early", at_rate(W0, RATE / 4): f"rate {RATE / 4:g}, stopped early",
            f"{W0}-rank{RANK // 8}": f"rank {RANK // 8}, stopped early"}  # fmt: skip
 COUNT = "trainings of subjects"
@@ -189,7 +193,7 @@ def frontier(backbones: list[Found], counts: bool = True) -> str:
     for found in backbones:
         for run in [*(run for run, w in CURVE.items() if w > 0), *MASKED]:
             for step in found.steps(run, "clip_t"):
-                known = [gain(found, (run, step), *kind) for kind in kinds]
+                known = [gain(found, (run, step), stops(found, rival), along) for rival, along in kinds]
                 if known[0] is None:
                     continue
                 name = NAMES[run]
@@ -281,6 +285,37 @@ def neighbour_rows(backbones: list[Found]) -> str:
     return table(head, rows)
 
 
+def offers(backbones: list[Found]) -> str:
+    """What each change of the anchor does beside w = 0.5, and beside other w: how far it lies above their line.
+
+    The way to the base is how much of what w = 0.5 added to the base's PRES is gone.
+    """
+    rows = []
+    for found in backbones:
+        curve = [(run, found.last) for run in reversed(CURVE) if found.get(run, "clip_t")]
+        for run in (*(f"share{share:g}" for share in SHARES), "rising", "falling", W1):
+            if found.get(run, "clip_t") and found.get(SAP, "pres"):
+                beyond = [marked(found.minus(run, SAP, metric)) for metric in ("clip_t", "fidelity", "pres")]
+                pairs = found.get(run, "pres").keys() & found.get(SAP, "pres").keys()
+                added = {pair: found.get(SAP, "pres")[pair] - found.get(BASE, "pres")[pair[0], 0] for pair in pairs}
+                way = -found.minus(run, SAP, "pres").value / estimate(added).value
+                above = [None, None]
+                if run not in CURVE:
+                    line = [(BASE, 0), *curve]
+                    above = [marked(gain(found, (run, found.last), line, along)) for along in (0, 1)]
+                rows.append([found.name, NAMES[run], *beyond, f"{way:.0%}", *above, counted(found.get(run, "clip_t"))])
+    head = [
+        "",
+        "beyond w = 0.5",
+        "CLIP-T",
+        "fidelity",
+        "PRES",
+        "PRES's way to the base",
+        "fidelity above the line of w",
+    ]
+    return table([*head, "alignment above the line of w", COUNT], rows)
+
+
 def read_means(file: Path) -> list[Found]:
     """Runs of which only means over subjects are known, as one subject: columns backbone, run, steps and metrics."""
     found: dict[str, Found] = {}
@@ -304,6 +339,7 @@ def tables(backbones: list[Found], earlier: Path) -> dict[str, str]:
         "budget": budget(backbones),
         "masks": masks(scored),
         "neighbours": neighbour_rows(scored),
+        "offers": offers(scored),
     }
     if earlier.is_file():
         made["earlier_frontier"] = frontier(read_means(earlier), counts=False)
