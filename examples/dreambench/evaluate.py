@@ -405,7 +405,7 @@ def write_csv(file: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
 
 
 def summarise(args: argparse.Namespace, rows: Rows) -> dict:
-    """scores.json: each method's mean and interval of each metric, its subjects' means and its tags.
+    """scores.json: each method's mean and interval of each metric, its subjects' and their prompts' means, its tags.
 
     PRES and DIV stand where all subjects of the method have them.
     """
@@ -422,6 +422,7 @@ def summarise(args: argparse.Namespace, rows: Rows) -> dict:
         images = sum(row["of"] == "subject" for row in own)
         methods[method] = {"tags": args.tags[method], "images": images, **summary}
         methods[method]["subjects"] = subjects
+        methods[method]["prompts"] = {name: prompt_scores(own, name) for name in names}
     models = {name: getattr(args, name) for name in ("clip_model", "dino_model", "dino_preprocessing")}
     intervals = {"bootstrap_samples": args.bootstrap_samples, "seed": args.seed}
     return {"metrics": models, "intervals": intervals, "methods": methods}
@@ -435,6 +436,21 @@ def subject_scores(rows: Rows) -> dict[str, float]:
     columns["pres"] = [float(row["dino"]) for row in of_class]
     columns["div"] = [float(row["div"]) for row in of_class if row["div"]]
     return {metric: round(float(np.mean(values)), 6) for metric, values in columns.items() if values}
+
+
+def prompt_scores(rows: Rows, subject: str) -> dict[str, dict[str, float]]:
+    """Of each prompt of a subject the means over its images, and how many these are: table.py compares what two
+    methods have in common."""
+    by_prompt: dict[str, Rows] = {}
+    for row in rows:
+        if row["subject"] == subject and row["of"] == "subject":
+            by_prompt.setdefault(str(row["prompt_index"]), []).append(row)
+    scores = {}
+    for index, own in by_prompt.items():
+        scores[index] = {"images": len(own)}
+        for metric in METRICS:
+            scores[index][metric] = round(float(np.mean([float(row[metric]) for row in own])), 6)
+    return scores
 
 
 def read_tags(folder: Path) -> dict:

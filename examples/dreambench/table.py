@@ -7,8 +7,9 @@
 
 Reads what evaluate.py writes, or CSV with the columns method, clip_i, clip_t, dino and, where wanted, group. Each
 metric is ranked over all methods of a group by the four decimals shown, the three ranks are averaged, and the
-averages are ranked. Methods that share a place are shown so: 1, 2=, 2=, 4. Where a method lacks subjects, all means of
-its group are over the subjects that all have, and the table says so. n counts subjects.
+averages are ranked. Methods that share a place are shown so: 1, 2=, 2=, 4. Where a method lacks subjects or prompts,
+all means of its group are over those that all have, and the table says so; it tells, too, where methods have different
+numbers of images. n counts subjects.
 
 PRES and DIV, of the images of class prompts, stand where a method has them (CSV: columns pres, div). They tell what
 was kept of the class and are not ranked: PRES, likeness of the class to the subject, is better where it is lower.
@@ -39,8 +40,9 @@ class Method:
     """The means of three metrics or of all five, perhaps the spread of each, each subject's scores, and the group that
     it is ranked in.
 
-    `better` says of each metric on how many subjects it is better than another method; `had` is the number of subjects
-    before those that other methods lack were left out.
+    `prompts` has of each subject the scores of each prompt, with the number of images, where they are known. `better`
+    says of each metric on how many subjects it is better than another method. `had` is the number of subjects before
+    those that other methods lack were left out, `left_out` counts the prompts that were, `images` what is compared.
     """
 
     name: str
@@ -49,8 +51,11 @@ class Method:
     group: str = ""
     tags: dict = field(default_factory=dict)
     subjects: dict[str, dict[str, float]] = field(default_factory=dict)
+    prompts: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     better: dict[str, str] = field(default_factory=dict)
     had: int = 0
+    left_out: int = 0
+    images: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def rows_to_show(methods: list[Method], args: argparse.Namespace) -> list[Method]:
     """What the options of `add_arguments` make of the methods. `ValueError` for an unknown name."""
-    methods = [method for members in groups(methods).values() for method in on_common_subjects(members)]
+    methods = [method for members in groups(methods).values() for method in on_common_images(members)]
     rows = merge_seeds(methods) if args.merge_seeds else methods
     return compare(rows, args.against) if args.against else rows
 
@@ -154,7 +159,8 @@ def json_method(name: str, entry: dict) -> Method:
     }
     means = {metric: float(entry[metric]["mean"]) for metric in known}
     spreads = {metric: bounds(entry[metric]["low"], entry[metric]["high"], subjects) for metric in known}
-    return Method(name, means, spreads, tags=dict(entry["tags"]), subjects=subjects)
+    prompts = dict(entry.get("prompts", {}))
+    return Method(name, means, spreads, tags=dict(entry["tags"]), subjects=subjects, prompts=prompts)
 
 
 def bounds(low: float, high: float, subjects: Sequence) -> str:
@@ -186,29 +192,50 @@ def csv_method(row: dict[str, str]) -> Method:
     return Method(row["method"], {metric: float(row[metric]) for metric in known}, group=row.get("group") or "")
 
 
-def on_common_subjects(methods: list[Method]) -> list[Method]:
-    """A group's methods with their means over the subjects that all of them have; methods without subjects stay.
+def on_common_images(methods: list[Method]) -> list[Method]:
+    """A group's methods with their means over the subjects that all of them have, and of these over the prompts that
+    all have images of; methods whose subjects, or prompts, are not known stay.
 
     Raises:
-        ValueError: if no subject is common, so that nothing can be compared.
+        ValueError: if nothing is common, so that nothing can be compared.
     """
     known = [method for method in methods if method.subjects]
     common = [name for name in known[0].subjects if all(name in m.subjects for m in known)] if known else []
+    with_prompts = [method for method in known if method.prompts]
+    prompts = {}
+    for name in common:
+        own = [method.prompts[name] for method in with_prompts]
+        prompts[name] = [index for index in (own[0] if own else ()) if all(index in one for one in own)]
+    if with_prompts:
+        common = [name for name in common if prompts[name]]
     if known and not common:
         raise ValueError(f"no subject has scores of all of {', '.join(m.name for m in known)}: choose --methods")
-    return [restrict(method, common) if method.subjects else method for method in methods]
+    return [restrict(method, common, prompts) if method.subjects else method for method in methods]
 
 
-def restrict(method: Method, subjects: Sequence[str]) -> Method:
-    """The method on a part of its subjects, with means and intervals of its own."""
-    if len(subjects) == len(method.subjects):
-        return replace(method, had=len(subjects))
-    kept = {name: method.subjects[name] for name in subjects}
+def restrict(method: Method, subjects: Sequence[str], prompts: dict[str, list[str]]) -> Method:
+    """The method on a part of its subjects and of their prompts, with means and intervals of its own."""
+    kept = {}
+    left_out = 0
+    images = 0
+    for name in subjects:
+        kept[name] = dict(method.subjects[name])
+        own = method.prompts.get(name, {})
+        compared = [own[index] for index in prompts[name] if index in own]
+        images += sum(prompt["images"] for prompt in compared)
+        if len(compared) < len(own):
+            left_out += len(own) - len(compared)
+            weights = [prompt["images"] for prompt in compared]
+            for metric in METRICS:
+                kept[name][metric] = float(np.average([prompt[metric] for prompt in compared], weights=weights))
+    had = {"had": len(method.subjects), "left_out": left_out, "images": images}
+    if kept == method.subjects:
+        return replace(method, **had)
     scores = np.array([[one[metric] for metric in method.means] for one in kept.values()])
     low, high = bootstrap(scores, RESAMPLES, seed=0)
     means = dict(zip(method.means, scores.mean(0).tolist(), strict=True))
     spreads = {metric: bounds(low[i], high[i], kept) for i, metric in enumerate(method.means)}
-    return replace(method, means=means, spreads=spreads, subjects=kept, had=len(method.subjects))
+    return replace(method, means=means, spreads=spreads, subjects=kept, **had)
 
 
 def bootstrap(table: np.ndarray, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -242,16 +269,28 @@ def beats(metric: str, one: float, other: float) -> bool:
 
 
 def notes(methods: Sequence[Method]) -> list[str]:
-    """What a reader must know of means that are not over all subjects."""
+    """What a reader must know: means that are not over all subjects, different images, methods that no group has."""
     lines = []
-    for group, members in groups(methods).items():
+    grouped = groups(methods)
+    for group, members in grouped.items():
+        where = f" of {group}" if group else ""
         most = max(method.had for method in members)
         fewer = [f"{method.name} has {method.had} of {most}" for method in members if 0 < method.had < most]
         if any(method.had > len(method.subjects) for method in members):
             common = next(method.subjects for method in members if method.subjects)
-            where = f" of {group}" if group else ""
             lack = "; ".join(fewer) or "methods have different ones"
             lines.append(f"† Means and ranks{where} are over the subjects that all have, {', '.join(common)}: {lack}.")
+        more = [f"{method.name} has {method.left_out} more" for method in members if method.left_out]
+        if more:
+            lines.append(f"† Scores{where} are over the prompts that all have images of: {'; '.join(more)}.")
+        images = {method.name: method.images for method in members if method.images}
+        if len(set(images.values())) > 1:
+            counts = ", ".join(f"{name} {count}" for name, count in images.items())
+            lines.append(f"† The methods{where} have different numbers of images: {counts}.")
+    if "" in grouped and len(grouped) > 1:
+        names = ", ".join(method.name for method in grouped[""])
+        advice = "give it a manifest.json with the tag, or a CSV the column group"
+        lines.append(f"† In no group, and ranked there among themselves: {names}; {advice}.")
     return lines
 
 
@@ -273,7 +312,10 @@ def merge_seeds(methods: Sequence[Method]) -> list[Method]:
         spreads = {metric: f"± {digits(column.std(ddof=1))}" for metric, column in values.items()}
         subjects, had = mean_subjects(runs)
         name = f"{name} ({len(runs)} seeds)"
-        rows.append(Method(name, means, spreads, group, json.loads(tags), subjects, had=had))
+        left_out = max(run.left_out for run in runs)
+        images = sum(run.images for run in runs)
+        more = {"had": had, "left_out": left_out, "images": images}
+        rows.append(Method(name, means, spreads, group, json.loads(tags), subjects, **more))
     return rows
 
 
@@ -359,13 +401,16 @@ def score_of(method: Method, metric: str, best: float | None, intervals: bool) -
 
 
 def table_rows(methods: Sequence[Method], intervals: bool, shown: Sequence[str]) -> list[Row]:
-    """A group's rows with the metrics `shown`, the best of each metric and those that lack subjects marked."""
+    """A group's rows with the metrics `shown`, the best of each metric and those that `notes` speaks of marked."""
     most = max(method.had for method in methods)
+    most_images = max(method.images for method in methods)
     best = {metric: best_printed(methods, metric) for metric in shown}
     rows = []
     for method, average, label in zip(methods, average_ranks(methods), rank_labels(methods), strict=True):
         scores = [score_of(method, metric, best[metric], intervals) for metric in shown]
-        n = f"{len(method.subjects) or ''}{' †' if 0 < method.had < most else ''}"
+        n = str(len(method.subjects) or "")
+        if 0 < method.had < most or method.left_out or 0 < method.images < most_images:
+            n += " †"
         rows.append(Row(method.name, n, scores, f"{average:.2f}", label))
     return rows
 
