@@ -191,18 +191,20 @@ def draw_frontier(file: Path, backbones: list[Found]) -> None:
             axis.plot(*zip(*stops.values(), strict=True), style, color=colour, markersize=4, linewidth=1, label=label)
             for step, point in stops.items() if run == W0 else ():
                 text = f"{step} steps" if step else "base"
-                axis.annotate(text, point, (4, 4), textcoords="offset points", fontsize=7, color=colour)
+                beside = {"textcoords": "offset points", "ha": "right", "va": "top"}  # the line goes the other way
+                axis.annotate(text, point, (-5, -1), fontsize=7, color=colour, **beside)
         curve = {NAMES[run][4:]: centre(found, run) for run in CURVE if found.get(run, "clip_t")}
         if curve:
             ends = {"color": COLOURS[found.name], "markersize": 5, "label": "the anchor, over w"}
             axis.plot(*zip(*curve.values(), strict=True), "s-", **ends)
         for w, point in curve.items():
-            axis.annotate(w, point, (5, -10), textcoords="offset points", fontsize=8)
+            axis.annotate(w, point, (5, 2), textcoords="offset points", fontsize=8)
         marks = {PRIOR: "P", FINETUNED: "X", f"{SAP}-masked": "*", "dco": "d", "dop": "h", "l2": "<"}
         for run in (run for run in marks if found.get(run, "clip_t")):
             axis.plot(*centre(found, run), marks[run], markersize=7, color="#a02c2c", alpha=0.8, label=NAMES[run])
         axis.set(title=found.name, xlabel="alignment (CLIP-T)", ylabel="fidelity (CLIP-I, DINO)")
         axis.legend(fontsize=7)
+        axis.margins(x=0.12)  # for labels at both ends
         axis.grid(alpha=0.3)
     save(figure, file)
 
