@@ -182,7 +182,7 @@ def runs(tmp_path_factory):
     arguments = ["demo.py", "--steps", str(STEPS), "--out", str(out), "--images", "1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", arguments)
-        args = demo.parse_args()
+        (args,) = demo.cases(demo.parse_args())
     demo.train_loras(args)
     return args
 

@@ -3,10 +3,12 @@
 
     python demo.py                    # make demo
     python demo.py --backbone sd15    # make demo BACKBONE=sd15
+    python demo.py --subjects ball star tree --seeds 0 1     # more than one case: a quarter of an hour
 
 The trainer at the root of the repository is run as it is, through `accelerate launch`, with one seed for both weights.
 Writes grid.png (pictures), curves.png (both terms of the loss) and the two LoRA folders to outputs/demo/. The rows "a
-ball" show what is left of the class: their likeness to the subject should be the base model's, and is not.
+ball" show what is left of the class: their likeness to the subject should be the base model's, and is not. Of several
+subjects or seeds each has a folder of its own there, grid.png shows all of them, and the table their means.
 """
 
 import argparse
@@ -47,15 +49,27 @@ SHARED = {"resolution": world.SIZE, "train_batch_size": 4, "rank": 16, "checkpoi
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", choices=list(TRAINING), default="sd3")
-    parser.add_argument("--subject", choices=list(world.SUBJECTS), default="ball")
+    parser.add_argument("--subjects", nargs="+", choices=list(world.SUBJECTS), default=["ball"])
     parser.add_argument("--steps", type=int, help="training steps of each run; by default the backbone's own")
     parser.add_argument("--learning_rate", type=float, help="of each run; by default the backbone's own")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of training and pictures")
     parser.add_argument("--images", type=int, default=4, help="pictures a prompt; the first is shown, all are scored")
     parser.add_argument("--guidance_scale", type=float, default=3.0)
     parser.add_argument("--models", type=pathlib.Path, default=train.HERE, help="folder of the shipped models")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "outputs" / "demo")
     return parser.parse_args()
+
+
+def cases(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The arguments of each pair of trainings: `subject`, `seed` and its own `out`."""
+    pairs = [(subject, seed) for subject in args.subjects for seed in args.seeds]
+    found = []
+    for subject, seed in pairs:
+        out = args.out
+        if len(pairs) > 1:
+            out = args.out / f"{subject}-seed{seed}"
+        found.append(argparse.Namespace(**vars(args) | {"subject": subject, "seed": seed, "out": out}))
+    return found
 
 
 def command(args: argparse.Namespace, weight: float, out: pathlib.Path) -> list[str]:
@@ -200,6 +214,29 @@ def draw_curves(args: argparse.Namespace) -> dict[str, float]:
     return drift
 
 
+def draw_all(args: argparse.Namespace, found: dict[tuple[str, int], dict[str, list[np.ndarray]]]) -> None:
+    """grid.png of several cases: a row for each model of each case, a reference of its subject at the first one."""
+    titles = [prompt.split("{} ")[1] for prompt in new_scenes(cases(args)[0])]
+    lines = [(case, name) for case, rows in found.items() for name in rows if name.startswith(("base", *WEIGHTS))]
+    columns = max(len(rows) for case in found.values() for rows in case.values())
+    figure, axes = plt.subplots(len(lines), columns + 1, figsize=(1.3 * columns + 3, 1.15 * len(lines)))
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for place, ((subject, seed), name) in enumerate(lines):
+        case = argparse.Namespace(**vars(args) | {"subject": subject})
+        if name.startswith("base"):
+            axes[place, 0].imshow(references(case)[0], interpolation="nearest")
+        label = f"{subject}, seed {seed}\n{name}"
+        axes[place, 0].text(-0.1, 0.5, label, transform=axes[place, 0].transAxes, ha="right", va="center", fontsize=8)
+        for column, images in enumerate(found[subject, seed][name]):
+            axes[place, column + 1].imshow(images[0], interpolation="nearest")
+            scene = list(new_scenes(case))[column].split("{} ")[1]
+            if scene not in titles or place == 0 or name.startswith("base"):
+                axes[place, column + 1].set_title(scene, fontsize=7, pad=2)
+    figure.subplots_adjust(left=0.2, right=0.995, top=0.985, bottom=0.005, wspace=0.04, hspace=0.12)
+    figure.savefig(args.out / "grid.png", dpi=110)
+
+
 def print_table(rows: dict[str, tuple], drift: dict[str, float]) -> None:
     """Scores a row; the drift of the rows that have one."""
     print(f"\n{'':<24}{'likeness (ViT)':>18}{'text alignment':>16}{'scenes right':>14}{'drift':>9}")
@@ -209,26 +246,43 @@ def print_table(rows: dict[str, tuple], drift: dict[str, float]) -> None:
         print(f"{name:<24}{numbers}{measured}")
 
 
-def main() -> None:
-    args = parse_args()
+def personalise(args: argparse.Namespace) -> tuple[dict[str, list[np.ndarray]], dict[str, tuple], dict[str, float]]:
+    """Train one case; the pictures of each model, their scores, and each run's drift."""
     kind = world.SUBJECTS[args.subject].class_name
     args.out.mkdir(parents=True, exist_ok=True)
     train_loras(args)
     pipeline = gates.PIPELINES[args.backbone].from_pretrained(args.models / args.backbone)
     pipeline.set_progress_bar_config(disable=True)
     print("\nsampling", flush=True)
-    base = f'base model, "a {kind}"'
-    rows = {base: sample(args, pipeline, f"a {kind}")}
+    rows = {"base model, class": sample(args, pipeline, f"a {kind}")}
     for name in WEIGHTS:
         pipeline.load_lora_weights(args.out / name.replace(" ", ""))
         rows[name] = sample(args, pipeline, f"sks {kind}")
-        rows[f'{name}, "a {kind}"'] = sample(args, pipeline, f"a {kind}")
+        rows[f"{name}, class"] = sample(args, pipeline, f"a {kind}")
         pipeline.unload_lora_weights()
     scores = Scores(args)
-    draw_grid(args, rows)
-    drift = {base: 0.0} | draw_curves(args)
-    print_table({name: scores(columns) for name, columns in rows.items()}, drift)
-    print(f"\nOpen {args.out / 'grid.png'}\nand  {args.out / 'curves.png'}")
+    return rows, {name: scores(columns) for name, columns in rows.items()}, draw_curves(args)
+
+
+def main() -> None:
+    args = parse_args()
+    pictures = {}
+    scores = []
+    drifts = []
+    for case in cases(args):
+        rows, its_scores, drift = personalise(case)
+        pictures[case.subject, case.seed] = rows
+        scores.append(its_scores)
+        drifts.append(drift)
+    if len(pictures) == 1:
+        kind = world.SUBJECTS[args.subjects[0]].class_name
+        draw_grid(case, {name.replace("class", f'"a {kind}"'): columns for name, columns in rows.items()})
+    else:
+        draw_all(args, pictures)
+    means = {name: tuple(np.mean([one[name] for one in scores], axis=0)) for name in scores[0]}
+    drift = {name: float(np.mean([one[name] for one in drifts])) for name in drifts[0]}
+    print_table(means, {"base model, class": 0.0} | drift)
+    print(f"\nOpen {args.out / 'grid.png'}\nand  {case.out / 'curves.png'}")
 
 
 if __name__ == "__main__":
