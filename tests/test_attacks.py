@@ -104,7 +104,7 @@ def test_a_closed_terminal_stops_a_run_as_sigterm_does_and_nohup_does_not(sd15, 
 
 
 @posix
-@pytest.mark.parametrize("closed", ["1", "2", "both"])
+@pytest.mark.parametrize("closed", ["both", *(pytest.param(one, marks=pytest.mark.slow) for one in ("1", "2"))])
 def test_a_run_with_closed_streams_writes_what_any_run_writes(closed, sd15, photos, tmp_path):
     arguments = flags(sd15, photos, tmp_path / "out")
     streams = {"1": ">&-", "2": "2>&-", "both": ">&- 2>&-"}[closed]

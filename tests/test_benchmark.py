@@ -99,6 +99,7 @@ def checks(tmp_path, monkeypatch):
     return lambda *more: gpu_check.main(gpu_check.parse_args([*words, *more]))
 
 
+@pytest.mark.slow
 def test_checks_run_through_on_a_cpu(checks, tmp_path, capfd):
     report = checks("--only", "sd3")
     assert "13 passed, 0 failed, 13 cannot run here." in report, report

@@ -136,6 +136,7 @@ def test_the_whole_way_in_miniature(scripts, tmp_path, monkeypatch):
     tiny, report = scripts["tiny_experiments"], scripts["tiny_report"]
     small = ["--backbone=sd15", f"--output_dir={tmp_path}", "--subjects", "ball", "--seeds", "0"]
     small += ["--steps=8", "--prompts", "0", "--train_batch_size=1"]
+    small += ["--runs", "w0-pretrained", "w0.5-pretrained", "prior"]
     tiny.main(tiny.parse_args([*small, "--parts", "core"]))
     lora = tmp_path / "loras" / "sd15-w0-pretrained-seed0" / "ball"
     before = (lora / "pytorch_lora_weights.safetensors").stat().st_mtime_ns

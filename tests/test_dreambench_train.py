@@ -251,8 +251,8 @@ WORKER = "t.main = lambda args: t.run_job(t.grid(args)[0], 1, 0)"  # what a work
     ("number", "change", "more"),
     [
         (signal.SIGKILL, "pass", []),
-        (signal.SIGTERM, "pass", []),
-        (signal.SIGINT, "pass", []),
+        pytest.param(signal.SIGTERM, "pass", [], marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "pass", [], marks=pytest.mark.slow),
         (signal.SIGKILL, "pass", ON_RAY),
         (signal.SIGKILL, WORKER, []),  # which cannot tidy up as the driver's Ray does
     ],

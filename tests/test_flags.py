@@ -373,7 +373,7 @@ QUIET["phases"] = [Phase.generate]  # shrinking takes long
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_combinations_of_valid_flags_train_or_are_refused(script, bases, two_photos, tmp_path, capsys):
-    @settings(max_examples=25, **QUIET)
+    @settings(max_examples=10, **QUIET)
     @given(combinations(script))
     def check(combination):
         check_combination(script, bases[script], two_photos, tmp_path, combination, capsys)

@@ -45,7 +45,7 @@ def by_python(bases, photos, tmp_path_factory):
     return lora_file
 
 
-@pytest.mark.parametrize("script", [SD15, *OTHERS])
+@pytest.mark.parametrize("script", [SD15, *(pytest.param(script, marks=pytest.mark.slow) for script in OTHERS)])
 def test_the_launcher_with_its_defaults_compiles_nothing_and_trains_the_same(
     script, bases, photos, tmp_path, by_python
 ):
@@ -55,7 +55,7 @@ def test_the_launcher_with_its_defaults_compiles_nothing_and_trains_the_same(
     assert (tmp_path / "out" / LORA_FILE).read_bytes() == by_python(script)
 
 
-@pytest.mark.parametrize("way", ["no", "inductor", "file"])
+@pytest.mark.parametrize("way", ["inductor", "file"])
 def test_nothing_that_a_launcher_is_told_compiles(way, sd15, photos, tmp_path, by_python):
     launcher = [*LAUNCH, f"--dynamo_backend={way}"]
     if way == "file":

@@ -204,7 +204,7 @@ def draw_frontier(file: Path, backbones: list[Found]) -> None:
             axis.plot(*centre(found, run), marks[run], markersize=7, color="#a02c2c", alpha=0.8, label=NAMES[run])
         axis.set(title=found.name, xlabel="alignment (CLIP-T)", ylabel="fidelity (CLIP-I, DINO)")
         axis.legend(fontsize=7)
-        axis.margins(x=0.12)  # for labels at both ends
+        axis.margins(x=0.2)  # for labels at both ends
         axis.grid(alpha=0.3)
     save(figure, file)
 
