@@ -52,15 +52,6 @@ NAMED = {f"{base}-{name}": (base, flags) for name, (bases, flags) in CASES.items
 # What differs most; the others are of the slow tests.
 QUICK = ["sd15-plain", "sdxl-plain", "sd3-plain", "sd15-encoders", "sd15-half", "sd15-no_anchor"]
 QUICK += ["sd3-half", "sd3-crops"]
-    "sd15-plain",
-    "sdxl-plain",
-    "sd3-plain",
-    "sd15-encoders",
-    "sd15-half",
-    "sd15-no_anchor",
-    "sd3-half",
-    "sd3-crops",
-]
 BY_SPEED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMED]
 # Posterior, its noise, noise, timesteps, embeddings of two prompts; pooled ones and SDXL's time ids or SD3's sigmas.
 COPIES = {"sd15": 6, "sdxl": 9, "sd3": 9}
