@@ -2462,7 +2462,7 @@ SMALL_WORDS = "a|an|the|my|of|in|on|at|by|with|from|for|to|and|near|under|like|a
 def make_parser() -> argparse.ArgumentParser:
     """The parser of `FLAGS`."""
     usage = "accelerate launch %(prog)s --pretrained_model_name_or_path BASE --instance_data_dir FOLDER "
-    usage += '--instance_prompt "a photo of sks dog" --class_prompt "a photo of a dog" [more flags, or @FILE of flags]'
+    usage += '--instance_prompt "a photo of sks dog" --class_prompt "a photo of a dog" [more flags]'
     parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n")[0])
     for flag in FLAGS:
         if isinstance(flag, str):
@@ -2481,8 +2481,7 @@ def parse_args(input_args=None) -> Namespace:
     """Read and check the command line (`sys.argv` without `input_args`); a mistake ends in one sentence, status 2."""
     parser = make_parser()
     try:
-        given = sys.argv[1:] if input_args is None else input_args
-        args, unknown = parser.parse_known_args(read_flag_files(given))
+        args, unknown = parser.parse_known_args(input_args)
         if unknown:
             refuse_unknown(unknown[0])
         settle_arguments(args)
@@ -2494,21 +2493,6 @@ def parse_args(input_args=None) -> Namespace:
     except UsageError as error:
         parser.error(printable(str(error)))
     return args
-
-
-def read_flag_files(given) -> list[str]:
-    """The words of a command line. Where a flag may stand, @FILE stands for the words of a file, in a shell's form."""
-    valued = [flag.name for flag in KNOWN_FLAGS if flag.type is not None]
-    words = []
-    for word in given:
-        is_value = bool(words) and any(name.startswith(words[-1]) for name in valued)
-        if word.startswith("@") and not is_value:
-            with explained(f"{word}: a file of flags, quoted as in a shell, in UTF-8, was expected"):
-                text = Path(home_path(word[1:])).read_text(encoding="utf-8-sig")
-                words += shlex.split(text, comments=True)
-        else:
-            words.append(word)
-    return words
 
 
 def refuse_unknown(word):

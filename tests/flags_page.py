@@ -16,7 +16,7 @@ HEAD = """<!-- SPDX-License-Identifier: Apache-2.0 -->
 
 Written by `make docs` from the parsers of the three scripts; `--help` shows the same. Those marked "ours" are not in
 diffusers' DreamBooth-LoRA examples, all others are. Where a base is named, the flag or the default is of this base
-only. `@FILE` in the place of a flag reads flags from a file.
+only.
 """
 
 

@@ -117,44 +117,9 @@ def test_abbreviations_are_taken(photos):
     assert sap.parse_args(flags("base", photos, "out", "--learning=3e-4")).learning_rate == 3e-4
 
 
-FLAG_FILE = """# the flags of an evening
---rank 7 --seed=5  # two on a line
-
---instance_prompt "a photo of sks # dog"
-"""
-
-
-def test_flags_from_a_file_are_read_as_a_shell_reads_them(photos, tmp_path):
-    (tmp_path / "flags.txt").write_text(FLAG_FILE, encoding="utf-8-sig")
-    for before in ([], ["--center_crop"], ["--rank", "3"]):
-        args = sap.parse_args(flags("base", photos, "out", *before, f"@{tmp_path}/flags.txt"))
-        assert (args.rank, args.seed, args.instance_prompt) == (7, 5, "a photo of sks # dog")
-
-
 @pytest.mark.parametrize("words", [["--instance_prompt", "@home sks"], ["--instance_prompt=@home sks"]])
 def test_a_prompt_may_begin_with_an_at_sign(words, photos):
     assert sap.parse_args(flags("base", photos, "out", *words)).instance_prompt == "@home sks"
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        ("--rank=7".encode("utf-16"), "in UTF-8, was expected"),
-        ("--instance_prompt=Bär".encode("latin-1"), "in UTF-8, was expected"),
-        (b"--instance_prompt 'sks dog", "No closing quotation"),
-        (b"@flags.txt", "unrecognized arguments: @flags.txt"),
-        (None, "No such file"),
-    ],
-)
-def test_a_file_of_flags_that_cannot_be_read_ends_in_a_sentence(content, says, photos, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    if content is not None:
-        Path("flags.txt").write_bytes(content)
-    with pytest.raises(SystemExit, match="2"):
-        sap.parse_args(flags("base", photos, "out", "@flags.txt"))
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "@flags.txt" in last
-    assert says in last
 
 
 def test_a_prompt_that_is_not_utf_8_ends_in_a_sentence(photos, capsys):

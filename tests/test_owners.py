@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 import re
-import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -420,12 +419,3 @@ def test_a_folder_with_a_name_of_other_bytes_gives_files_that_can_be_read(sd15, 
     with safe_open(tmp_path / "copy", "pt") as file:
         assert json.loads(file.metadata()["ss_tag_frequency"]) == {"d\\udcffg": {"a photo of sks dog": 5}}
     assert "load_lora_weights" in (output / "README.md").read_text(encoding="utf-8")
-
-
-# ---- Flags ----
-
-
-def test_flags_can_stand_in_a_file(photos, tmp_path):
-    lines = flags("base", photos, tmp_path / "out", "--rank=7")
-    (tmp_path / "flags.txt").write_text("\n".join(map(shlex.quote, lines)) + "\n")
-    assert vars(sap.parse_args([f"@{tmp_path / 'flags.txt'}"])) == vars(sap.parse_args(lines))
