@@ -144,6 +144,8 @@ def test_the_flags_page_is_what_the_parsers_say():
 
 def test_flags_on_the_pages_exist():
     known = set(re.findall(r"`(--\w+)`", flags_page.PAGE.read_text(encoding="utf-8"))) | FOREIGN_FLAGS
+    for example in (ROOT / "examples").rglob("*.py"):
+        known |= set(re.findall(r"add_argument\(\s*\"(--\w+)\"", example.read_text(encoding="utf-8")))
     for page in OWN_PAGES:
         unknown = set(re.findall(r"(?<![\w-])--\w+", page.read_text(encoding="utf-8"))) - known
         assert unknown == set(), page
