@@ -94,10 +94,17 @@ def scenes(count: int, seed: int) -> list[tuple[world.Look, world.Setting]]:
 
 @functools.cache
 def named_scenes(count: int, seed: int) -> list[tuple[str, world.Look, world.Setting]]:
-    """`count` random pictures of the looks that have a name, as (name, look, setting)."""
+    """`count` pictures whose caption has a word for the look, as (word, look, setting).
+
+    An eighth are the few of `world.SCARCE`, again and again; the others are of looks with a name, each in a new setting.
+    """
     rng = np.random.default_rng((seed, 4))
-    names = [world.NAMES[index % len(world.NAMES)] for index in range(count)]
-    return [(name, world.named_looks()[name], world.random_setting(rng)) for name in names]
+    few = world.scarce_scenes()
+    scenes = [(world.SCARCE, *few[index % len(few)]) for index in range(count // 8)]
+    for index in range(count - len(scenes)):
+        name = world.NAMES[index % len(world.NAMES)]
+        scenes.append((name, world.named_looks()[name], world.random_setting(rng)))
+    return scenes
 
 
 def training_scenes(args: argparse.Namespace) -> list[tuple[str | None, world.Look, world.Setting]]:

@@ -38,9 +38,12 @@ SCENES = {
 OUTLINES = {"none": None, "dark": (35, 35, 40), "light": (250, 250, 250)}
 # Identifiers that mean nothing: they stand before the class in some captions, whatever the picture shows.
 RARE_TOKENS = ("sks", "zwx", "ohwx", "vqk", "xjy", "qzt")
-# The pipelines are then trained on with captions in which most rare words do mean something: one look each (NAMED).
+# A pipeline can be trained on with captions in which most rare words do mean something: one look each (named_looks).
 # The shipped tokenizer spells all of them, in one token or two. These stay without a meaning:
-UNBOUND = ("sks", "ohwx", "qzt")
+UNBOUND = ("ohwx", "qzt")
+# And this one stands in the captions of few pictures, as in a real model's training set: four of one look, a class.
+SCARCE = "sks"
+SCARCE_PICTURES = 4
 NAMES = (
     "zwx", "vqk", "xjy", "jd", "ky", "qo", "xr", "zf", "vh", "jx", "qn", "zk",
     "vl", "ko", "wr", "uf", "gx", "ze", "px", "kd", "yw", "bx", "hy", "df",
@@ -329,6 +332,19 @@ def named_looks() -> dict[str, Look]:
             look = random_look(rng)
         named[name] = look
     return named
+
+
+@functools.cache
+def scarce_scenes() -> list[tuple[Look, Setting]]:
+    """The few pictures whose captions say SCARCE: SCARCE_PICTURES of one look, for each class."""
+    rng = np.random.default_rng(2612)
+    scenes = []
+    for class_name in CLASSES:
+        look = random_look(rng)
+        while look.class_name != class_name:
+            look = random_look(rng)
+        scenes += [(look, random_setting(rng)) for _ in range(SCARCE_PICTURES)]
+    return scenes
 
 
 def random_setting(rng: np.random.Generator, scene: str | None = None, hat: bool | None = None) -> Setting:
