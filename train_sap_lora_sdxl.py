@@ -716,10 +716,13 @@ class Training:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     parts: dict  # what a checkpoint holds: all that has `state_dict` and `load_state_dict`, by name
-    step: int = 0  # the last optimizer step that is done
-    saved: int = 0  # the last one that a checkpoint holds
+    begun: float  # by `time.monotonic`
+    start: int  # the optimizer step after which this process began
+    step: int  # the last one that is done
+    saved: int  # the last one that a checkpoint holds
     skipped: int = 0  # the last steps in a row that fp16's scaler skipped, as their gradients overflowed
     waiting: list[StepLog] = dataclasses.field(default_factory=list)  # for the log
+    cost: dict[str, float] = dataclasses.field(default_factory=dict)  # of `measure_cost`, after the last step
     images: list[Image.Image] = dataclasses.field(default_factory=list)  # of the last validation
 
 
@@ -738,7 +741,8 @@ def start_training(run, checkpoint, start) -> Training:
     parts = {"lora": LoraState(run.student), "optimizer": optimizer, "lr_scheduler": lr_scheduler}
     if run.accelerator.scaler is not None:  # of fp16
         parts["scaler"] = run.accelerator.scaler
-    training = Training(student, optimizer, lr_scheduler, parts, step=start, saved=start)
+    begun = time.monotonic()
+    training = Training(student, optimizer, lr_scheduler, parts, begun, start=start, step=start, saved=start)
     if checkpoint is not None:
         load_checkpoint(run, training, checkpoint)
     return training
@@ -889,10 +893,21 @@ def log_steps(run, training, progress):
         if not math.isfinite(terms["loss"]):
             names = sorted({run.images.names[index] for index in row.pictures})
             raise not_finite(run, f"the loss of step {row.step} is {terms['loss']}, with {', '.join(names[:8])}")
-        values = terms | row.values
+        if row.step == run.args.max_train_steps:
+            training.cost = measure_cost(run, training)
+        values = terms | row.values | training.cost
         progress.update(1)
         progress.set_postfix({name.removeprefix("loss/"): f"{value:.4g}" for name, value in values.items()})
         log(run, values, row.step)
+
+
+def measure_cost(run, training) -> dict[str, float]:
+    """Seconds a step, with its share of pictures and checkpoints; on CUDA also the peak of its memory, in GiB."""
+    seconds = time.monotonic() - training.begun
+    cost = {"seconds_per_step": seconds / (training.step - training.start)}
+    if run.device.type == "cuda":
+        cost["peak_memory_gib"] = torch.cuda.max_memory_allocated(run.device) / 2**30
+    return cost
 
 
 def log(run, values, step):
@@ -1146,21 +1161,23 @@ class SubjectImages:
             stands_in = ", --instance_prompt stands in for the others" if missing else ""
             logger.info(f"Captions: found for {len(captions) - missing} of {len(captions)} pictures{stands_in}")
         token = args.subject_token
-        if token is None and args.class_prompt_lacks is not None:
+        if token is None and (args.class_prompt is None or args.class_prompt_lacks is not None):
             token = customary_identifier([caption or "" for caption in captions])
         if token is not None and args.subject_token is None:
             logger.info(f'Anchors:  the captions without "{token}"; --subject_token to say it better')
         if anchored and token is None and len(set(captions) - {None}) > 1:
             advice = "which draws out what they add: with --subject_token each has an anchor of its own"
             logger.warning(f'The captions differ and all are anchored to "{args.class_prompt}", {advice}')
+        if anchored and args.class_prompt is None and token is None:
+            raise UsageError(CLASS_PROMPT_NEEDED)
         if anchored and args.class_prompt is None and missing:
             raise UsageError(f"--class_prompt is needed for the {missing} pictures without a caption")
         self.captions = [caption or args.instance_prompt for caption in captions]
         self.anchor_captions = [args.class_prompt or ""] * len(captions)
         if anchored and token is not None:
             for index, caption in enumerate(captions):
-                named = args.subject_token or token in IDENTIFIER.findall(caption or "")
-                if caption is not None and named:
+                must_hold_it = args.subject_token is not None or args.class_prompt is None
+                if caption is not None and (must_hold_it or token in IDENTIFIER.findall(caption)):
                     with explained("--subject_token"):
                         self.anchor_captions[index] = class_caption(caption, token, args.class_token or "")
 
@@ -1530,7 +1547,8 @@ def encode_texts(args, pipeline, images) -> tuple[dict, dict]:
     for caption, anchor in zip(images.captions, anchors, strict=True):
         same = [read(caption, truncation=True) == read(anchor, truncation=True) for read in tokenizers]
         if all(same) and caption != anchor:
-            raise UsageError(f'to the text encoders "{caption}" is the same as "{anchor}": say the subject earlier')
+            same_words = f'to the text encoders "{caption}" is the same as "{anchor}"'
+            raise UsageError(f"--instance_prompt or captions: {same_words}; say the subject earlier")
     kept = set(anchors)
     if not args.train_text_encoder:
         kept.update(images.captions)
@@ -2579,6 +2597,10 @@ ADVANCED_FLAGS = {  # of diffusers' advanced scripts, with what comes nearest he
     "--lora_unet_blocks": "--lora_layers names the layers to adapt",
 }
 IDENTIFIER = re.compile(r"(?<!\S)(?:sks|zwx|ohwx|xjy|TOK|[VS]\*|\[V\*?\]|<[^<>\s]+>)(?![^\s.,;:!?])")
+CLASS_PROMPT_NEEDED = (
+    'the anchor needs a prompt for the class: --class_prompt, "a photo of a dog" for "a photo of sks dog", '
+    "or --subject_token to derive it, or --anchor_weight 0 to train without it"
+)
 SMALL_WORDS = "a|an|the|my|of|in|on|at|by|with|from|for|to|and|near|under|like|as|called|named"
 
 
@@ -2703,15 +2725,21 @@ def check_places(args):
             validate_repo_id(args.hub_model_id or output_dir.name)
 
 
+def may_hold_captions(args) -> bool:
+    """Whether the pictures may have captions, from which the prompt for the class can be derived."""
+    if args.instance_data_dir is None:
+        return args.caption_column is not None
+    folder = Path(args.instance_data_dir)
+    return (folder / "metadata.jsonl").is_file() or any(folder.glob("*.txt"))
+
+
 def check_anchor(args):
     """Raise `UsageError` where flags of the anchor and of masks contradict one another."""
     if args.class_token is not None and args.subject_token is None:
         raise UsageError("--class_token replaces --subject_token, which is not given: pass both")
-    if args.anchor_weight > 0 and args.class_prompt is None and args.subject_token is None:
-        raise UsageError(
-            'the anchor needs a prompt for the class: --class_prompt, "a photo of a dog" for "a photo of sks dog", '
-            "or --subject_token to derive it, or --anchor_weight 0 to train without it"
-        )
+    unnamed = args.class_prompt is None and args.subject_token is None
+    if args.anchor_weight > 0 and unnamed and not may_hold_captions(args):
+        raise UsageError(CLASS_PROMPT_NEEDED)
     if args.mask_dir and args.alpha_mask:
         raise UsageError("--mask_dir and --alpha_mask are two sources of masks: pass one")
     masked = args.mask_dir or args.alpha_mask
@@ -2898,9 +2926,10 @@ def describe_device(device) -> str:
     return device.type
 
 
-def finish(run, images, repo_id):
+def finish(run, training, repo_id):
     """The last pictures, the card and the upload: what can fail comes after the LoRA is written."""
     args = run.args
+    images = training.images
     folder = Path(args.output_dir)
     prompts = args.validation_prompts
     if not args.skip_final_inference and args.num_validation_images > 0:
@@ -2914,6 +2943,13 @@ def finish(run, images, repo_id):
         if repo_id is not None:
             upload(args, repo_id)
         logger.info(f"Written: {written(folder)}; use it with pipeline.load_lora_weights({args.output_dir!r})")
+    if "seconds_per_step" in training.cost:
+        took = (
+            f"Took:     {training.cost['seconds_per_step']:.3g} s a step, with its share of pictures and checkpoints"
+        )
+        if "peak_memory_gib" in training.cost:
+            took += f", at most {training.cost['peak_memory_gib']:.3g} GiB of the GPU's memory"
+        logger.info(took)
 
 
 def settle_run(args, accelerator, images):
@@ -2983,14 +3019,8 @@ def run_stages(args, accelerator, signals, loss_of):
     training = start_training(run, checkpoint, start)
     if training.step >= args.max_train_steps:
         logger.info(f"{checkpoint} already has {start} of {args.max_train_steps} steps: nothing is left to train")
-    begun = time.monotonic()
     train_and_keep(run, training)
-    seconds = (time.monotonic() - begun) / max(1, training.step - start)
-    took = f"Took:     {seconds:.3g} s a step, with its share of pictures and checkpoints"
-    if run.device.type == "cuda":
-        took += f", at most {torch.cuda.max_memory_allocated() / 2**30:.3g} GB of the GPU's memory"
-    finish(run, training.images, repo_id)
-    logger.info(took)
+    finish(run, training, repo_id)
     accelerator.end_training()
 
 

@@ -285,4 +285,6 @@ def test_nothing_foreign_is_said_before_our_first_line(sd15, photos, tmp_path):
     assert result.returncode == 0, result.stderr
     lines = [line.split("\r")[-1] for line in result.stderr.splitlines() if not re.search(r"\d+%\||^\s*$", line)]
     assert lines[0].startswith("Device: ")
-    assert any(re.match(r"Took: +\S+ s a step, with its share of pictures and checkpoints$", line) for line in lines)
+    (took,) = [line for line in lines if line.startswith("Took: ")]
+    last = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert took == f"Took:     {last['seconds_per_step']:.3g} s a step, with its share of pictures and checkpoints"

@@ -256,6 +256,32 @@ def test_captions_with_the_customary_word_have_anchors_of_their_own(captioned, c
     assert set(said.anchor_captions) == {"a photo of a dog"}
 
 
+def test_an_identifier_that_only_the_captions_hold_is_taken_from_them(captioned, caplog):
+    sap.logger.setLevel("INFO")
+    arguments = without(flags("base", captioned, "/out"), "--class_prompt", "--instance_prompt")
+    images = sap.SubjectImages(sap.parse_args([*arguments, "--instance_prompt=my dog"]))
+    assert images.anchor_captions == [caption.replace("sks ", "") for caption in images.captions]
+    assert 'the captions without "sks"; --subject_token to say it better' in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("first", "sentence"),
+    [
+        ("my dog on the sofa", 'the caption "my dog on the sofa" does not hold the word "sks"'),
+        ("ohwx dog", "the anchor needs a prompt for the class: --class_prompt"),
+    ],
+)
+def test_captions_that_do_not_all_hold_it_need_a_class_prompt(first, sentence, captioned, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(captioned, folder)
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    lines[0] = json.dumps(json.loads(lines[0]) | {"text": first})
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    arguments = without(flags("base", folder, "/out"), "--class_prompt", "--instance_prompt")
+    with pytest.raises(sap.UsageError, match=sentence):
+        sap.SubjectImages(sap.parse_args([*arguments, "--instance_prompt=my dog"]))
+
+
 def test_a_caption_without_that_word_keeps_the_class_prompt(captioned, tmp_path):
     folder = tmp_path / "photos"
     shutil.copytree(captioned, folder)

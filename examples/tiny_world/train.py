@@ -96,7 +96,7 @@ def scenes(count: int, seed: int) -> list[tuple[world.Look, world.Setting]]:
 def named_scenes(count: int, seed: int) -> list[tuple[str, world.Look, world.Setting]]:
     """`count` pictures whose caption has a word for the look, as (word, look, setting).
 
-    An eighth are the few of `world.SCARCE`, again and again; the others are of looks with a name, each in a new setting.
+    An eighth are the few of `world.SCARCE`, again and again; the others show looks with a name, in new settings.
     """
     rng = np.random.default_rng((seed, 4))
     few = world.scarce_scenes()
