@@ -13,7 +13,7 @@
             which costs one more forward and backward
     l2      s times the squares of the LoRA's A and B (arXiv 2505.19519)
 
-and, to learn whether they are worth having, changes of the anchor itself, at w = 0.5:
+and, to learn whether they are worth having, changes of the anchor itself, whose w is --weight:
 
     share   for a share s of the samples the student sees the class prompt and learns nothing but the anchor
     rising  the anchor's weight rises with the noise, from none to twice w; s has no meaning (T-LoRA, arXiv
@@ -41,8 +41,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 STRENGTHS = {"prior": 1.0, "dco": 1000.0, "dop": 1.0, "l2": 1e-6, "share": 0.25, "rising": 1.0, "falling": 1.0}
-# Where it is above 0 the script predicts anchors; `dop` has a weight of its own, which is s.
-ANCHOR_WEIGHTS = {"dop": 1.0, "share": 0.5, "rising": 0.5, "falling": 0.5}
+ANCHORED = ("share", "rising", "falling")
 CLASS_BATCH = 4  # class pictures made at once
 
 
@@ -53,6 +52,7 @@ def parse_args(input_args: Sequence[str] | None = None, script: ModuleType | Non
     add("--method", choices=list(STRENGTHS), required=True, help="Which loss.")
     add("--backbone", choices=["sd15", "sdxl", "sd3"], required=True, help="Which training script.")
     add("--strength", type=float, help=f"s, or the weight of the added term (default: {STRENGTHS}).")
+    add("--weight", type=float, default=0.5, help="share, rising, falling: w.")
     add("--class_data_dir", type=path, help="prior: folder of the class pictures (default: OUT/class_images).")
     add("--num_class_images", type=int, default=100, help="prior: pictures to make of the class.")
     add("--sampling_steps", type=int, default=50, help="prior: denoising steps of a class picture.")
@@ -62,8 +62,12 @@ def parse_args(input_args: Sequence[str] | None = None, script: ModuleType | Non
         parser.error("--anchor_weight, --anchor_source and --train_text_encoder have no meaning here: leave them out")
     own.script = script or load_script(ROOT / f"train_sap_lora_{own.backbone}.py")
     own.strength = STRENGTHS[own.method] if own.strength is None else own.strength
-    weight = f"--anchor_weight={ANCHOR_WEIGHTS.get(own.method, 0)}"
-    args = argparse.Namespace(**vars(own.script.parse_args([*rest, weight])) | vars(own))
+    weight = 0.0
+    if own.method in ANCHORED:
+        weight = own.weight
+    elif own.method == "dop":  # so that the script predicts anchors; the method's weight is s
+        weight = 1.0
+    args = argparse.Namespace(**vars(own.script.parse_args([*rest, f"--anchor_weight={weight}"])) | vars(own))
     if args.method == "prior" and (args.class_prompt is None or args.num_class_images < 1):
         parser.error("--method prior needs --class_prompt and at least one of --num_class_images")
     if args.method == "prior" and args.validation_data_dir is not None:

@@ -44,13 +44,15 @@ def anchored(w: float, source: str = "pretrained", rate: float = RATE, rank: int
     return Run(name, flags, tags=tags, **options)
 
 
-def neighbour(method: str, rate: float = RATE, strength: float | None = None, **options) -> Run:
-    """A run of neighbours.py."""
+def neighbour(method: str, rate: float = RATE, strength: float | None = None, weight: float = 0.5, **options) -> Run:
+    """A run of neighbours.py; `weight` is w of those that change the anchor."""
     name = at_rate(method, rate)
-    flags = (f"--learning_rate={rate:g}", f"--rank={RANK}")
+    flags = (f"--learning_rate={rate:g}", f"--rank={RANK}", f"--weight={weight:g}")
     if strength is not None:
         name += f"{strength:g}"
         flags += (f"--strength={strength:g}",)
+    if weight != 0.5:
+        name += f"-w{weight:g}"
     tags = {"rate": rate, "rank": RANK, "label": name}
     return Run(name, flags, method=method, tags=tags, **options)
 
@@ -80,6 +82,7 @@ def planned(early: Sequence[float] = EARLY) -> dict[str, list[Run]]:
         "neighbours": [neighbour(method, seeds=1, plain=True) for method in ("dco", "dop", "l2")],
         "offers": [
             *(neighbour("share", strength=share) for share in SHARES),
+            *(neighbour("share", strength=share, weight=1) for share in SHARES),
             neighbour("rising"),
             neighbour("falling"),
         ],

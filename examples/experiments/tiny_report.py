@@ -10,6 +10,7 @@ answer.png, frontier.png, drift.png (drift against steps) and pictures.jpg (one 
 
 import argparse
 import csv
+import itertools
 import json
 import sys
 import textwrap
@@ -182,6 +183,7 @@ def draw_frontier(file: Path, backbones: list[Found]) -> None:
     """Fidelity against alignment: over w, and over the steps of w = 0."""
     figure, axes = plt.subplots(1, len(backbones), figsize=(4.4 * len(backbones), 4.2), squeeze=False)
     for axis, found in zip(axes[0], backbones, strict=True):
+        labels = []
         for (run, label), style in zip(STOPPED.items(), ("o--", "v:", "^:"), strict=True):
             if not found.get(run, "clip_t"):
                 continue
@@ -189,16 +191,13 @@ def draw_frontier(file: Path, backbones: list[Found]) -> None:
             stops |= {step: centre(found, run, step) for step in found.steps(run, "clip_t")}
             colour = "0.35" if run == W0 else "0.65"
             axis.plot(*zip(*stops.values(), strict=True), style, color=colour, markersize=4, linewidth=1, label=label)
-            for step, point in stops.items() if run == W0 else ():
-                text = f"{step} steps" if step else "base"
-                beside = {"textcoords": "offset points", "ha": "right", "va": "top"}  # the line goes the other way
-                axis.annotate(text, point, (-5, -1), fontsize=7, color=colour, **beside)
+            if run == W0:
+                labels += [(f"{step} steps" if step else "base", point, colour) for step, point in stops.items()]
         curve = {NAMES[run][4:]: centre(found, run) for run in CURVE if found.get(run, "clip_t")}
         if curve:
             ends = {"color": COLOURS[found.name], "markersize": 5, "label": "the anchor, over w"}
             axis.plot(*zip(*curve.values(), strict=True), "s-", **ends)
-        for w, point in curve.items():
-            axis.annotate(w, point, (5, 2), textcoords="offset points", fontsize=8)
+        labels += [(f"w = {w}", point, "black") for w, point in curve.items()]
         marks = {PRIOR: "P", FINETUNED: "X", f"{SAP}-masked": "*", "dco": "d", "dop": "h", "l2": "<"}
         for run in (run for run in marks if found.get(run, "clip_t")):
             axis.plot(*centre(found, run), marks[run], markersize=7, color="#a02c2c", alpha=0.8, label=NAMES[run])
@@ -206,7 +205,24 @@ def draw_frontier(file: Path, backbones: list[Found]) -> None:
         axis.legend(fontsize=7)
         axis.margins(x=0.2)  # for labels at both ends
         axis.grid(alpha=0.3)
+        figure.tight_layout()
+        write_labels(axis, labels)
     save(figure, file)
+
+
+def write_labels(axis: plt.Axes, labels: Sequence[tuple[str, tuple[float, ...], str]]) -> None:
+    """Write each of `labels`, (text, point, colour), beside its point, where neither legend nor label stands yet."""
+    taken = [axis.get_legend().get_window_extent()]
+    for text, point, colour in labels:
+        for across, up in itertools.product((6, -6, 24, -24), (0, -8, 8, -16, 16, -24, 24)):
+            side = "left" if across > 0 else "right"
+            beside = {"textcoords": "offset points", "ha": side, "va": "center", "fontsize": 7, "color": colour}
+            written = axis.annotate(text, point, (across, up), **beside)
+            box = written.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+            written.remove()
+        taken.append(box)
 
 
 def draw_drift(file: Path, backbones: list[Found]) -> None:

@@ -53,7 +53,9 @@ NAMES = {run: f"w = {w:g}" for run, w in CURVE.items()} | {
     "dop": "output preservation", "l2": "L2 on the LoRA", f"{SAP}-masked": "w = 0.5, masks",
     "w0.25-pretrained-masked": "w = 0.25, masks", "rising": "weight rises with the noise",
     "falling": "weight falls with the noise"}  # fmt: skip
-NAMES |= {f"share{share:g}": f"{share:.0%} of samples see the class prompt" for share in SHARES}
+SHARED = {f"share{share:g}": share for share in SHARES}  # with w = 0.5
+SHARED_W1 = {f"share{share:g}-w1": share for share in SHARES}
+NAMES |= {run: f"{share:.0%} of samples see the class prompt" for run, share in (SHARED | SHARED_W1).items()}
 STOPPED = {W0: "w = 0 stopped early", at_rate(W0, RATE / 4): f"rate {RATE / 4:g}, stopped early",
            f"{W0}-rank{RANK // 8}": f"rank {RANK // 8}, stopped early"}  # fmt: skip
 COUNT = "trainings of subjects"
@@ -286,27 +288,31 @@ def neighbour_rows(backbones: list[Found]) -> str:
 
 
 def offers(backbones: list[Found]) -> str:
-    """What each change of the anchor does beside w = 0.5, and beside other w: how far it lies above their line.
+    """What each change of the anchor does to the anchor of the same w, and how far it lies above the line of w.
 
-    The way to the base is how much of what w = 0.5 added to the base's PRES is gone.
+    The way to the base is how much of what that anchor added to the base's PRES is gone.
     """
     rows = []
     for found in backbones:
         curve = [(run, found.last) for run in reversed(CURVE) if found.get(run, "clip_t")]
-        for run in (*(f"share{share:g}" for share in SHARES), "rising", "falling", W1):
-            if found.get(run, "clip_t") and found.get(SAP, "pres"):
-                beyond = [marked(found.minus(run, SAP, metric)) for metric in ("clip_t", "fidelity", "pres")]
-                pairs = found.get(run, "pres").keys() & found.get(SAP, "pres").keys()
-                added = {pair: found.get(SAP, "pres")[pair] - found.get(BASE, "pres")[pair[0], 0] for pair in pairs}
-                way = -found.minus(run, SAP, "pres").value / estimate(added).value
+        changed = dict.fromkeys([*SHARED, "rising", "falling", W1], SAP) | dict.fromkeys(SHARED_W1, W1)
+        for run, plain in changed.items():
+            if found.get(run, "clip_t") and found.get(plain, "pres"):
+                beyond = [marked(found.minus(run, plain, metric)) for metric in ("clip_t", "fidelity", "pres")]
+                kept = found.get(plain, "pres")
+                pairs = found.get(run, "pres").keys() & kept.keys()
+                added = {pair: kept[pair] - found.get(BASE, "pres")[pair[0], 0] for pair in pairs}
+                way = -found.minus(run, plain, "pres").value / estimate(added).value
                 above = [None, None]
                 if run not in CURVE:
                     line = [(BASE, 0), *curve]
                     above = [marked(gain(found, (run, found.last), line, along)) for along in (0, 1)]
-                rows.append([found.name, NAMES[run], *beyond, f"{way:.0%}", *above, counted(found.get(run, "clip_t"))])
+                start = [found.name, NAMES[plain], NAMES[run]]
+                rows.append([*start, *beyond, f"{way:.0%}", *above, counted(found.get(run, "clip_t"))])
     head = [
         "",
-        "beyond w = 0.5",
+        "beyond",
+        "",
         "CLIP-T",
         "fidelity",
         "PRES",
