@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests run offline and from the repository's root, on tiny pipelines that they make on disk."""
 
+import functools
 import gc
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,24 +30,34 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="session")
-def sd15(tmp_path_factory) -> Path:
+def base_of(tmp_path_factory) -> Callable[[str], Path]:
+    """Gives the tiny pipeline of a kind in `tiny_pipelines.KINDS`, made when it is first asked for."""
+    folder = tmp_path_factory.mktemp("kinds")
+
+    @functools.cache
+    def make(kind: str) -> Path:
+        _, save, options = tiny_pipelines.KINDS[kind]
+        return save(folder / kind, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sd15(base_of) -> Path:
     """A tiny Stable Diffusion 1.x pipeline (noise prediction)."""
-    return tiny_pipelines.save_sd15(tmp_path_factory.mktemp("models") / "sd15")
+    return base_of("sd15")
 
 
 @pytest.fixture(scope="session")
-def sd21(tmp_path_factory) -> Path:
+def sd21(base_of) -> Path:
     """A tiny Stable Diffusion 2.x pipeline (v prediction, zero terminal SNR)."""
-    folder = tmp_path_factory.mktemp("models") / "sd21"
-    return tiny_pipelines.save_sd15(folder, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    return base_of("sd21")
 
 
 @pytest.fixture(scope="session")
-def bases(sd15, tmp_path_factory) -> dict[str, Path]:
+def bases(base_of) -> dict[str, Path]:
     """A tiny pipeline for each script, by the script's name."""
-    folder = tmp_path_factory.mktemp("bases")
-    sdxl, sd3 = tiny_pipelines.save_sdxl(folder / "sdxl"), tiny_pipelines.save_sd3(folder / "sd3")
-    return {"train_sap_lora_sd15": sd15, "train_sap_lora_sdxl": sdxl, "train_sap_lora_sd3": sd3}
+    return {tiny_pipelines.KINDS[kind][0]: base_of(kind) for kind in ("sd15", "sdxl", "sd3")}
 
 
 @pytest.fixture(scope="session")

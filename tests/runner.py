@@ -3,6 +3,7 @@
 
 import argparse
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -56,6 +57,16 @@ def launch(script: str, arguments: list[str], ranks: int | None = None, cwd: Pat
 def lora(output: Path) -> dict[str, torch.Tensor]:
     """The tensors of a trained LoRA."""
     return load_file(output / LORA_FILE)
+
+
+def metrics(output: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl; a NaN in it is an error, as in JSON itself."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
 def left_in(output: Path) -> set[str]:

@@ -1,26 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: what is kept when it ends early, in which order things happen, and what its records hold."""
 
-import json
 import math
 
 import pytest
 import torch
-from runner import LORA_FILE, assert_equal, flags, left_in, lora, make_run, train
+from runner import LORA_FILE, assert_equal, flags, left_in, lora, make_run, metrics, train
 
 import train_sap_lora_sd15 as sap
 
 SCRIPT = "train_sap_lora_sd15"
-
-
-def metrics(output) -> list[dict]:
-    """The lines of a run's metrics.jsonl; a NaN in it is an error, as in JSON itself."""
-
-    def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
-
-    lines = (output / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
 def fail_at(monkeypatch, micro_step: int, error: BaseException) -> None:

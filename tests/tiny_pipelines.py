@@ -463,6 +463,21 @@ def save_sd3(folder, t5=True, dual_attention=False, same_clip_class=True, shift=
     return Path(folder)
 
 
+OF_V = {"prediction_type": "v_prediction"}
+KINDS = {  # which script trains a base, and how it is made
+    "sd15": ("train_sap_lora_sd15", save_sd15, {}),
+    "sd21": ("train_sap_lora_sd15", save_sd15, OF_V | {"rescale_betas_zero_snr": True}),
+    "sdxl": ("train_sap_lora_sdxl", save_sdxl, {}),
+    "sdxl-v": ("train_sap_lora_sdxl", save_sdxl, OF_V | {"rescale_betas_zero_snr": True}),
+    "sdxl-deep": ("train_sap_lora_sdxl", save_sdxl, {"layers_per_block": 2}),
+    "playground": ("train_sap_lora_sdxl", save_sdxl, {"scheduler": "playground"}),
+    "cosxl": ("train_sap_lora_sdxl", save_sdxl, OF_V | {"scheduler": "edm_euler", "sigma_data": 1.0}),
+    "sd3": ("train_sap_lora_sd3", save_sd3, {}),
+    "sd3-without-t5": ("train_sap_lora_sd3", save_sd3, {"t5": False}),
+    "sd35": ("train_sap_lora_sd3", save_sd3, {"dual_attention": True}),
+}
+
+
 # ------------------------------------------------------------------------------------------------------------- photos
 
 
