@@ -48,7 +48,7 @@ def test_captions_say_what_is_drawn():
 
 def test_names_mean_looks_of_their_own():
     looks = world.named_looks()
-    assert len(looks) == 24 and not set(looks) & set(world.UNBOUND) and "sks" in world.UNBOUND
+    assert len(looks) == 24 and not set(looks) & {*world.UNBOUND, world.SCARCE}
     shapes = [(look.class_name, look.colour) for look in looks.values()]
     shapes += [(look.class_name, look.colour) for look in world.SUBJECTS.values()]
     assert len(set(shapes)) == len(shapes)  # told apart by colour alone, from each other and from the subjects
@@ -58,24 +58,35 @@ def test_names_mean_looks_of_their_own():
 def test_names_are_spelled_by_the_shipped_tokenizer():
     """Whole, in two tokens at most, so that the longest captions still fit."""
     tokenizer = train.CLIPTokenizer.from_pretrained(WORLD / "sd3" / "tokenizer", model_max_length=train.TOKENS)
-    for word in (*world.NAMES, *world.UNBOUND):
+    for word in (*world.NAMES, *world.UNBOUND, world.SCARCE):
         ids = tokenizer(word, add_special_tokens=False).input_ids
         assert len(ids) <= 2 and tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids).strip() == word
-    assert len({tuple(tokenizer(word).input_ids) for word in (*world.NAMES, *world.UNBOUND)}) == 27
+    words = (*world.NAMES, *world.UNBOUND, world.SCARCE)
+    assert len({tuple(tokenizer(word).input_ids) for word in words}) == 27
 
 
 def test_captions_with_a_name_leave_the_look_to_it():
     rng = np.random.default_rng(5)
     for name, look, setting in train.named_scenes(96, 0):
-        assert look == world.named_looks()[name]
+        if name != world.SCARCE:
+            assert look == world.named_looks()[name]
         text, said = world.caption(look, setting, rng, name=name)
         words = text.split()
         assert words[words.index(name) + 1] == look.class_name and said[1] == said[2] == -1
         assert not {*world.COLOURS, *world.PATTERNS} & set(words)
     rare = [world.caption(*scene, rng, rare_words=world.UNBOUND)[0].split() for scene in train.scenes(300, 1)]
-    assert not {word for words in rare for word in words} & set(world.NAMES)
-    assert any("sks" in words for words in rare)
+    assert not {word for words in rare for word in words} & {*world.NAMES, world.SCARCE}
+    assert any(set(world.UNBOUND) & set(words) for words in rare)
+
+
+def test_the_identifier_stands_in_the_captions_of_few_pictures():
+    scarce = [scene for name, *scene in train.named_scenes(960, 0) if name == world.SCARCE]
+    pictures = set(map(tuple, scarce))
+    assert len(scarce) == 960 // 8
+    assert len(pictures) == len(world.CLASSES) * world.SCARCE_PICTURES
+    assert {look.class_name for look, _ in pictures} == set(world.CLASSES)
+    assert len({look for look, _ in pictures}) == len(world.CLASSES)
 
 
 def test_only_pipelines_are_trained_on(tmp_path, monkeypatch, capsys):

@@ -3,7 +3,7 @@
 
     python train.py vae            # parts: vae, attributes, clip, vit, sd3, sd15, sdxl, dataset, or all
     python train.py sd3 --samples 1000000
-    python train.py sd3 --start . --samples 250000 --batch_size 32    # train on from the folder ./sd3
+    python train.py sd3 --start . --images 24000     # train on from the folder ./sd3, with words for looks
 
 Every part takes so many samples (`--samples`), over which its learning rate falls to zero. It saves its state every
 minute to `--work` and goes on from there when it is started again. `vae` and `clip` come before the pipelines.
@@ -115,10 +115,14 @@ def training_scenes(args: argparse.Namespace) -> list[tuple[str | None, world.Lo
     return nameless + named_scenes(args.images // 4, args.seed)
 
 
+def named(args: argparse.Namespace) -> str:
+    """What tells files of the training with words for looks from those of the training before it."""
+    return "" if args.start is None else "_named"
+
+
 def cache_file(args: argparse.Namespace, kind: str, suffix: str) -> pathlib.Path:
     """Where what was computed of the training pictures is kept."""
-    named = "" if args.start is None else "_named"
-    return args.work / f"{kind}_{args.images}_{args.seed}{named}{suffix}"
+    return args.work / f"{kind}_{args.images}_{args.seed}{named(args)}{suffix}"
 
 
 def pictures(args: argparse.Namespace) -> torch.Tensor:
@@ -156,7 +160,7 @@ def fit(args: argparse.Namespace, model: torch.nn.Module, loss_of, lr: float, em
 
     The average starts as a plain mean and settles at `ema_decay`, so that short runs are averaged too.
     """
-    state_path = args.work / f"{args.part}.state.pt"
+    state_path = args.work / f"{args.part}{named(args)}.state.pt"
     parameters = [p for p in model.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
@@ -915,12 +919,17 @@ PARTS = {
 }
 
 
+NAMED_SAMPLES = 48000  # with --start
+
+
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     for part in PARTS if args.part == "all" else [args.part]:
         train_part, samples, batch_size = PARTS[part]
+        if args.start is not None:
+            samples, batch_size = NAMED_SAMPLES, 32
         given = argparse.Namespace(**vars(args))
         given.part, given.samples = part, args.samples or samples
         given.batch_size = args.batch_size or batch_size
