@@ -284,7 +284,7 @@ def main(args: argparse.Namespace) -> None:
     args.results_dir.mkdir(parents=True, exist_ok=True)
     write_subjects(args.results_dir / "subjects.csv", read_all(args))
     backbones = read_subjects(args.results_dir / "subjects.csv")
-    made = tables(backbones, args.results_dir / "earlier_methods.csv")
+    made = tables(backbones)
     text = "\n\n".join(f"## {name}\n\n{one}" for name, one in made.items())
     (args.results_dir / "tables.md").write_text(text + "\n", encoding="utf-8")
     print(text)

@@ -11,7 +11,6 @@
     masks        masks of the subject
     neighbours   DCO, differential output preservation, L2 on the LoRA
     offers       samples that see the class prompt, and anchors whose weight follows the noise, against w = 0.5
-    earlier_frontier    the frontier from the means in earlier_methods.csv
 
 A table stands between the lines <!-- NAME --> and <!-- end of NAME -->. A number is a mean over subjects, of means
 over seeds; the last column counts trainings and subjects. The subjects on which rates were chosen are in no table.
@@ -21,7 +20,6 @@ CLIP-T.
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -183,11 +181,10 @@ def tendencies(backbones: list[Found]) -> str:
     return table(["", *(found.name for found in backbones)], rows)
 
 
-def frontier(backbones: list[Found], counts: bool = True) -> str:
+def frontier(backbones: list[Found]) -> str:
     """A row a point of the anchor, stopped early too where that was drawn: how far it lies above the lines of w = 0
     that is stopped early, as it is, at a low rate and at a low rank. Below: how many intervals are without zero.
 
-    Without `counts`, for means whose subjects are not known, there is no column that counts them.
     """
     kinds = [(W0, 0), (W0, 1), *((run, 0) for run in STOPPED if run != W0)]
     rows = []
@@ -202,9 +199,9 @@ def frontier(backbones: list[Found], counts: bool = True) -> str:
                 if step != found.last:
                     name += f", {step} steps"
                 sides += [one.side() for one in known if one is not None and one.subjects > 1]
-                rows.append([found.name, name, *map(marked, known), *[known[0].count()] * counts])
+                rows.append([found.name, name, *map(marked, known), known[0].count()])
     titles = [f"{STOPPED[run]}: {('fidelity', 'alignment')[along]}" for run, along in kinds]
-    text = table(["", "", *titles, *[COUNT] * counts], rows)
+    text = table(["", "", *titles, COUNT], rows)
     if sides:
         text += f"\n\nOf {len(sides)} intervals {sides.count(1)} are above zero and {sides.count(-1)} below; "
         text += f"chance alone would put about {len(sides) / 20:.1f} on one side or the other."
@@ -322,22 +319,10 @@ def offers(backbones: list[Found]) -> str:
     return table([*head, "alignment above the line of w", COUNT], rows)
 
 
-def read_means(file: Path) -> list[Found]:
-    """Runs of which only means over subjects are known, as one subject: columns backbone, run, steps and metrics."""
-    found: dict[str, Found] = {}
-    with file.open(newline="", encoding="utf-8") as lines:
-        for row in csv.DictReader(lines):
-            one = found.setdefault(row["backbone"], Found(row["backbone"]))
-            for metric in ("clip_t", "fidelity"):
-                if row[metric]:
-                    one.put(row["run"], int(row["steps"]), metric, ("mean", 0), float(row[metric]))
-    return list(found.values())
-
-
-def tables(backbones: list[Found], earlier: Path) -> dict[str, str]:
-    """All tables by name; that of earlier means only where there are such."""
+def tables(backbones: list[Found]) -> dict[str, str]:
+    """All tables by name."""
     scored = [found.without(TUNING_SUBJECTS) for found in backbones]
-    made = {
+    return {
         "run": what_was_run(backbones),
         "class": class_rows(scored),
         "tendencies": tendencies(scored),
@@ -347,9 +332,6 @@ def tables(backbones: list[Found], earlier: Path) -> dict[str, str]:
         "neighbours": neighbour_rows(scored),
         "offers": offers(scored),
     }
-    if earlier.is_file():
-        made["earlier_frontier"] = frontier(read_means(earlier), counts=False)
-    return made
 
 
 def filled(page: str, made: dict[str, str]) -> str:
@@ -377,7 +359,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, required=True, help="Markdown file whose tables are written anew")
     args = parser.parse_args()
     try:
-        made = tables(read_subjects(args.results_dir / "subjects.csv"), args.results_dir / "earlier_methods.csv")
+        made = tables(read_subjects(args.results_dir / "subjects.csv"))
         if not args.page.is_file():
             raise ValueError(f"--page: {args.page} is not there")
         page = filled(args.page.read_text(encoding="utf-8"), made)
