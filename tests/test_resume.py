@@ -190,15 +190,16 @@ def test_all_that_an_older_run_wrote_is_moved_out_of_the_way_together(undisturbe
 
 def test_a_resumed_run_moves_nothing_of_its_own_but_what_was_edited(sd15, photos, tmp_path):
     """Its log has each step once, and the pictures of its earlier end go."""
+    more = ["--checkpointing_steps=2", "--resume_from_checkpoint=latest"]
     pictures = ["--validation_prompt=sks", "--num_validation_images=2", "--validation_inference_steps=1"]
-    train(SCRIPT, flags(sd15, photos, tmp_path, *EACH_STEP, *pictures))
+    train(SCRIPT, flags(sd15, photos, tmp_path, *more, *pictures, steps=3))
     assert (tmp_path / "image_1.png").exists()
-    train(SCRIPT, flags(sd15, photos, tmp_path, *EACH_STEP, steps=3))
+    train(SCRIPT, flags(sd15, photos, tmp_path, *more, steps=4))
     assert not [name for name in left_in(tmp_path) if name.startswith(("earlier", "image"))]
-    assert steps_in(tmp_path) == [1, 2, 3]
-    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3]
+    assert steps_in(tmp_path) == [2, 4]
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4]
     (tmp_path / "README.md").write_text("my own words")
-    train(SCRIPT, flags(sd15, photos, tmp_path, *EACH_STEP, steps=4))
+    train(SCRIPT, flags(sd15, photos, tmp_path, *more, steps=5))
     assert (tmp_path / "earlier-1" / "README.md").read_text() == "my own words"
 
 
