@@ -4,17 +4,17 @@
 import json
 import os
 import shutil
-import tracemalloc
 import unicodedata
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import tiny_pipelines
 import torch
 from PIL import Image
-from runner import assert_equal, draw, flags, lora, make_run, train, without
+from runner import assert_equal, flags, lora, make_run, train, without
 
 import train_sap_lora_sd15 as sap
 
@@ -62,21 +62,6 @@ def test_exif_orientation_is_applied(tmp_path):
     assert sap.read_image(tmp_path / "turned.jpg").size == (10, 20)
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", "half"])
-def test_a_damaged_picture_is_named(content, tmp_path):
-    tiny_pipelines.save_photos(tmp_path, count=2, size=(200, 200))
-    damaged = tmp_path / "01.jpg"
-    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2] if content == "half" else content)
-    with pytest.raises(sap.UsageError, match=f"01.jpg of {tmp_path} cannot be read as a picture"):
-        load(tmp_path)
-
-
-def test_a_picture_too_large_to_be_meant_is_named(tmp_path):
-    Image.new("1", (20000, 20000)).save(tmp_path / "huge.png")
-    with pytest.raises(sap.UsageError, match=f"huge.png of {tmp_path} cannot be read .*exceeds limit"):
-        load(tmp_path)
-
-
 def test_a_tiff_of_floats_from_0_to_1_is_not_black(tmp_path):
     values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     Image.fromarray(values).save(tmp_path / "floats.tif")
@@ -96,14 +81,6 @@ def test_animated_pictures_train_on_their_first_frame(tmp_path):
     first, second = (Image.new("RGB", (80, 80), colour) for colour in ("red", "blue"))
     first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
     assert sap.read_image(tmp_path / "a.gif").getpixel((40, 40)) == (255, 0, 0)
-
-
-def test_names_in_any_script_and_two_pictures_of_one_name(tmp_path):
-    for name, colour in (("hündchen 犬.png", "red"), ("00.png", "red"), ("00.jpg", "blue")):
-        Image.new("RGB", (80, 80), colour).save(tmp_path / name)
-    (tmp_path / "hündchen 犬.txt").write_text("sks dog 犬", encoding="utf-8")
-    (tmp_path / "00.txt").write_text("sks dog", encoding="utf-8")
-    assert load(tmp_path).captions == ["sks dog", "sks dog", "sks dog 犬"]
 
 
 # ---- The folder ----
@@ -131,63 +108,82 @@ def test_heic_without_its_package_is_explained(tmp_path, caplog, monkeypatch):
     assert "IMG_1.HEIC; for HEIC export JPEG, or pip install pillow-heif" in caplog.text
 
 
-def test_captions_of_metadata_and_of_text_files(tmp_path):
-    tiny_pipelines.save_photos(tmp_path, count=3, captions=["one sks", "two sks"])
-    (tmp_path / "02.txt").write_text("three sks\n", encoding="utf-8")
-    images = load(tmp_path, "--subject_token=sks", "--class_token=dog")
-    assert images.captions == ["one sks", "two sks", "three sks"]
-    assert images.anchor_captions == ["one dog", "two dog", "three dog"]
-
-
-def test_captions_of_another_field(tmp_path):
-    tiny_pipelines.save_photos(tmp_path, count=1)
-    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "00.jpg", "prompt": "mine"}))
-    assert load(tmp_path, "--caption_column=prompt").captions == ["mine"]
-
-
-def test_pictures_without_caption_get_the_instance_prompt(tmp_path, caplog):
-    tiny_pipelines.save_photos(tmp_path, count=3, captions=["one", None, "  "])
+@pytest.mark.parametrize(
+    ("files", "more", "captions", "anchors"),
+    [
+        ({"metadata.jsonl": '{"file_name": "00.jpg", "text": "one sks"}', "01.txt": "two sks\n"},
+         ["--subject_token=sks", "--class_token=dog"], ["one sks", "two sks"], ["one dog", "two dog"]),
+        ({"metadata.jsonl": '{"file_name": "01.jpg", "prompt": "mine"}'}, ["--caption_column=prompt"],
+         ["a photo of sks dog", "mine"], ["a photo of a dog"] * 2),
+        ({"00.txt": "\ufeffsks süß", "01.txt": "  "}, [],  # with the mark of Windows
+         ["sks süß", "a photo of sks dog"], ["a photo of a dog"] * 2),
+        ({"metadata.jsonl": '{"file_name": "00.jpg", "text": null}', "01.txt": "mine"}, [],
+         ["a photo of sks dog", "mine"], ["a photo of a dog"] * 2),
+    ],
+)  # fmt: skip
+def test_captions_of_metadata_and_of_text_files(files, more, captions, anchors, tmp_path, caplog):
     caplog.set_level("INFO", "sap_lora")
-    assert load(tmp_path).captions == ["one", "a photo of sks dog", "a photo of sks dog"]
-    assert "Captions: found for 1 of 3 pictures, --instance_prompt stands in for the others" in caplog.text
-    assert set(load(tmp_path).anchor_captions) == {"a photo of a dog"}
+    tiny_pipelines.save_photos(tmp_path, count=2)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    images = load(tmp_path, *more)
+    assert images.captions == captions
+    assert images.anchor_captions == anchors
+    of_one = "Captions: found for 1 of 2 pictures, --instance_prompt stands in for the others" in caplog.text
+    assert of_one == ("a photo of sks dog" in captions)
 
 
-BROKEN = ["{", '{"file_name": "00.jpg"}', '{"file_name": "00.jpg", "text": 3}', '["00.jpg"]',
-          '{"file_name": "9.jpg", "text": "x"}']  # fmt: skip
+def line(text: str, name: str = "00.jpg") -> bytes:
+    """A line of metadata.jsonl with a caption as JSON has it."""
+    return f'{{"file_name": "{name}", "text": {text}}}\n'.encode()
 
 
-@pytest.mark.parametrize("line", BROKEN)
-def test_a_broken_caption_line_is_named(line, tmp_path):
+NO_TEXT = ["3", "true", "[1]", "{}", '"\\ud800"']
+MISTAKES = [
+    ({"01.jpg": b""}, [], "01.jpg of .* cannot be read as a picture"),
+    ({"01.jpg": b"no picture"}, [], "01.jpg of .* cannot be read as a picture"),
+    ({"metadata.jsonl": b"\n{"}, [], "metadata.jsonl, line 2: "),
+    ({"metadata.jsonl": b'{"file_name": "00.jpg"}'}, [], "metadata.jsonl, line 1: "),
+    ({"metadata.jsonl": b'["00.jpg"]'}, [], "metadata.jsonl, line 1: "),
+    ({"metadata.jsonl": line('"x"', "9.jpg")}, [], "metadata.jsonl, line 1: "),
+    *[({"metadata.jsonl": line(text)}, [], "metadata.jsonl, line 1: ") for text in NO_TEXT],
+    ({"metadata.jsonl": line('"x"') + line('"y"', "./00.jpg")}, [], "line 2: .*has a line already"),
+    ({"metadata.jsonl": "süß".encode("latin-1")}, [], "metadata.jsonl is not UTF-8"),
+    ({"00.txt": "süß".encode("latin-1")}, [], "00.txt is not UTF-8"),
+    ({"00.txt": b"sks dog in the snow"}, ["--subject_token=photo"], '"sks dog in the snow" does not hold the word'),
+]
+
+
+@pytest.mark.parametrize(("files", "more", "words"), MISTAKES)
+def test_mistakes_in_pictures_and_captions_are_named(files, more, words, tmp_path):
     tiny_pipelines.save_photos(tmp_path, count=1)
-    (tmp_path / "metadata.jsonl").write_text("\n" + line)
-    with pytest.raises(sap.UsageError, match=r"metadata.jsonl, line 2: "):
-        load(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(sap.UsageError, match=words):
+        load(tmp_path, *more)
 
 
-@pytest.mark.parametrize("name", ["00.txt", "metadata.jsonl"])
-def test_captions_in_another_encoding_are_named(name, tmp_path):
-    tiny_pipelines.save_photos(tmp_path, count=1)
-    (tmp_path / name).write_bytes("süß".encode("latin-1"))
-    with pytest.raises(sap.UsageError, match=f"{name} is not UTF-8"):
-        load(tmp_path)
-
-
-def test_captions_with_the_mark_of_windows(tmp_path):
-    tiny_pipelines.save_photos(tmp_path, count=1)
-    (tmp_path / "00.txt").write_text("sks süß", encoding="utf-8-sig")
-    assert load(tmp_path).captions == ["sks süß"]
-
-
-def test_a_caption_without_the_subject_token_is_quoted(tmp_path):
-    tiny_pipelines.save_photos(tmp_path, count=2, captions=["my photo toy", "sks dog in the snow"])
-    with pytest.raises(sap.UsageError, match='"sks dog in the snow" does not hold the word "photo"'):
-        load(tmp_path, "--subject_token=photo", "--instance_prompt=my photo toy")
-
-
-def test_an_empty_folder_is_named(tmp_path):
+def test_pictures_that_cannot_be_meant_are_named(tmp_path):
     with pytest.raises(sap.UsageError, match="holds no picture"):
         load(tmp_path)
+    (photo,) = tiny_pipelines.save_photos(tmp_path, count=1, size=(200, 200)).iterdir()
+    photo.write_bytes(photo.read_bytes()[: photo.stat().st_size // 2])
+    with pytest.raises(sap.UsageError, match=f"00.jpg of {tmp_path} cannot be read as a picture"):
+        load(tmp_path)
+    photo.unlink()
+    Image.new("1", (20000, 20000)).save(tmp_path / "huge.png")
+    with pytest.raises(sap.UsageError, match=f"huge.png of {tmp_path} cannot be read .*exceeds limit"):
+        load(tmp_path)
+
+
+def test_captions_that_are_found_are_told_and_one_anchor_for_all_is_warned_of(captioned, caplog):
+    caplog.set_level("INFO", "sap_lora")
+    load(captioned)
+    assert "Captions: found for 5 of 5 pictures" in caplog.text
+    assert "--subject_token" in caplog.text
+    caplog.clear()
+    load(captioned, "--subject_token=sks")
+    assert "differ" not in caplog.text
 
 
 @pytest.mark.parametrize("spelling", ["NFC", "NFD"])
@@ -210,27 +206,19 @@ def test_names_are_the_same_in_whatever_unicode_form(spelling, tmp_path):
     assert len(images.masks) == 2
 
 
-def test_two_lines_for_one_picture_are_refused(tmp_path):
-    tiny_pipelines.save_photos(tmp_path, count=1, captions=["one sks"])
-    with (tmp_path / "metadata.jsonl").open("a") as file:
-        file.write(json.dumps({"file_name": "./00.jpg", "text": "another sks"}))
-    with pytest.raises(sap.UsageError, match="metadata.jsonl, line 2: .*has a line already"):
-        load(tmp_path)
+def pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
 
 
 def test_a_pipe_is_no_picture(tmp_path, caplog):
     tiny_pipelines.save_photos(tmp_path, count=1)
-    os.mkfifo(tmp_path / "pipe.jpg")
-    os.mkfifo(tmp_path / "00.txt")
-    assert load(tmp_path).names == ["00.jpg"]
-    assert "pipe.jpg" in caplog.text
-
-
-def test_a_photo_that_becomes_a_pipe_is_not_opened(tmp_path):
-    tiny_pipelines.save_photos(tmp_path, count=1)
+    pipe(tmp_path / "pipe.jpg")
+    pipe(tmp_path / "00.txt")
     images = load(tmp_path)
-    (tmp_path / "00.jpg").unlink()
-    os.mkfifo(tmp_path / "00.jpg")
+    assert images.names == ["00.jpg"]
+    assert "pipe.jpg" in caplog.text
+    pipe(tmp_path / "00.jpg")
     with pytest.raises(sap.UsageError, match="00.jpg of .* it is no regular file"):
         images.pixel_values(0, False, (0.5, 0.5))
 
@@ -278,49 +266,24 @@ def test_what_systems_leave_beside_masks_is_no_mask(masks, photos):
     assert len(load(photos, f"--mask_dir={masks}").masks) == 5
 
 
-def test_two_masks_for_one_photo_are_refused(masks, photos):
-    half_white(masks / "00.bmp")
-    with pytest.raises(sap.UsageError, match="00.bmp and 00.png are two masks"):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda masks: half_white(masks / "00.bmp"), "00.bmp and 00.png are two masks"),
+        (lambda masks: pipe(masks / "00.png"), "the mask of 00.jpg: it is no regular file"),
+        (
+            lambda masks: half_white(masks / "00.png", (64, 72)),
+            "64 x 72 pixels, and the photo, turned as its EXIF says, 72 x 64",
+        ),
+    ],
+)
+def test_mistakes_in_masks_are_named(change, words, masks, photos):
+    change(masks)
+    with pytest.raises(sap.UsageError, match=words):
         load(photos, f"--mask_dir={masks}")
-
-
-def test_a_mask_that_is_a_pipe_is_not_opened(masks, photos):
-    (masks / "00.png").unlink()
-    os.mkfifo(masks / "00.png")
-    with pytest.raises(sap.UsageError, match="the mask of 00.jpg: it is no regular file"):
-        load(photos, f"--mask_dir={masks}")
-
-
-def test_a_mask_of_another_size_is_told_both_sizes(masks, photos):
-    half_white(masks / "00.png", (64, 72))
-    with pytest.raises(sap.UsageError, match="64 x 72 pixels, and the photo, turned as its EXIF says, 72 x 64"):
-        load(photos, f"--mask_dir={masks}")
-
-
-def test_masks_take_little_memory_however_often_they_are_cropped(masks, photos):
-    images = load(photos, f"--mask_dir={masks}", left_out="--center_crop")
-    tracemalloc.start()
-    for step in range(200):
-        images.mask(0, False, (step / 200, 0.5), (8, 8))
-    kept, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert images.mask(0, False, (0, 0.5), (8, 8)).shape == (1, 8, 8)
-    assert kept < 200 * 64 * 64
 
 
 # ---- Held out ----
-
-
-def test_photos_held_out_do_not_change_what_is_trained(tmp_path, monkeypatch):
-    photos = tiny_pipelines.save_photos(tmp_path / "photos", size=(64, 64))
-    held_out = tiny_pipelines.save_photos(tmp_path / "held out", count=2, size=(96, 64))
-    alone = load(photos, left_out="--center_crop")
-    both = load(photos, f"--validation_data_dir={held_out}", left_out="--center_crop")
-    assert alone.cacheable
-    assert both.cacheable
-    draws = alone.draws(0, 1, 0, 6), both.draws(0, 1, 0, 6)
-    for items, others in zip(alone.batches(draws[0]), both.batches(draws[1]), strict=True):
-        assert items == others
 
 
 def test_a_damaged_photo_that_is_held_out_is_blamed_on_its_own_folder(photos, tmp_path):
@@ -346,8 +309,6 @@ def test_photos_that_are_trained_on_and_held_out_are_named(photos, tmp_path, cap
 
 @pytest.fixture(scope="module")
 def dataset(photos, tmp_path_factory) -> Path:
-    import datasets
-
     paths = sorted(str(path) for path in photos.glob("*.jpg"))
     rows = {"picture": paths, "words": [f"sks {i}" for i in range(len(paths))]}
     features = datasets.Features({"picture": datasets.Image(), "words": datasets.Value("string")})
@@ -374,15 +335,31 @@ def test_dataset_of_a_folder_with_captions(captioned, tmp_path):
     assert images.captions[1] == "sks dog in the snow"
 
 
-@pytest.mark.parametrize("column", ["image_column", "caption_column"])
-def test_a_missing_column_is_named(column, dataset):
-    with pytest.raises(sap.UsageError, match=f"--{column} nothing is not one of the columns picture, words"):
-        of_dataset(dataset, "--image_column=picture", f"--{column}=nothing")
+ODD_DATASETS = {
+    "a picture that is none": ({"image": [None, None]}, "cannot be read as a picture"),
+    "numbers": ({"image": [1, 2]}, "--image_column image"),
+    "a path that is missing": ({"image": ["/nowhere/a.png"] * 2}, "cannot be read as a picture"),
+    "damaged bytes": ({"image": [{"bytes": b"x", "path": None}] * 2}, "cannot be read as a picture"),
+    "captions that are numbers": ({"image": ["00.jpg"], "text": [3]}, "--caption_column text"),
+    "without the column of pictures": ({"text": ["x"]}, "--image_column image is not one of the columns text"),
+    "without the column of captions": ({"image": ["00.jpg"]}, "--caption_column text is not one of the columns image"),
+    "empty": ({"image": []}, "holds no picture|cannot be loaded|--image_column"),
+    "damaged": (None, "--dataset_name"),
+    "missing": (None, "--dataset_name .*missing"),
+}
 
 
-def test_a_missing_dataset_is_named(tmp_path):
-    with pytest.raises(sap.UsageError, match="--dataset_name .*nowhere"):
-        of_dataset(tmp_path / "nowhere")
+@pytest.mark.parametrize("name", ODD_DATASETS)
+def test_an_odd_dataset_ends_in_a_sentence(name, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(photos)
+    rows, words = ODD_DATASETS[name]
+    if rows is not None:
+        datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / name)
+    elif name == "damaged":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text("{")
+    with pytest.raises(sap.UsageError, match=words):
+        of_dataset(tmp_path / name, *(["--caption_column=text"] if "caption" in name else []))
 
 
 # ---- Crops ----
@@ -463,21 +440,7 @@ def test_posteriors_are_keyed_by_picture_and_mirror_and_sampled_anew(sd15, photo
         assert torch.equal(parameters, run.vae.encode(pixel_values[None]).latent_dist.parameters)
     item = {"index": 1, "flipped": False}
     one, other = (sap.draw_latents(run, [item], sap.keyed_generator(i)) for i in range(2))
-    mean = run.posteriors[1, False].chunk(2, dim=1)[0] * run.vae.config.scaling_factor
     assert 0 < (one - other).abs().max() < 0.5
-    assert torch.allclose(one, mean, atol=0.5)
-    assert torch.allclose(sap.scale_latents(sap.scale_latents(mean, run.vae), run.vae, inverse=True), mean)
-
-
-def test_a_batch_pairs_each_picture_with_its_own_captions(sd15, captioned, tmp_path):
-    more = ["--subject_token=sks", "--class_token=red", "--train_batch_size=4"]
-    module, run = make_run("train_sap_lora_sd15", flags(sd15, captioned, tmp_path, *more))
-    step, _ = draw(module, run)
-    assert len(set(step.prompts)) == 4
-    for i, prompt in enumerate(step.prompts):
-        subject, anchor = run.embeddings[prompt], run.embeddings[prompt.replace("sks", "red")]
-        assert torch.equal(step.conditioning["encoder_hidden_states"][i], subject["encoder_hidden_states"][0])
-        assert torch.equal(step.anchor_conditioning["encoder_hidden_states"][i], anchor["encoder_hidden_states"][0])
 
 
 # ---- Which pictures a micro-step draws ----
@@ -501,15 +464,11 @@ def test_every_batch_is_full(photos):
     assert {len(batch) for batch in batches(load(photos, "--train_batch_size=8"))} == {8}
 
 
-def test_ranks_share_an_epoch(photos):
+def test_ranks_share_an_epoch_and_draws_go_on_where_a_run_stopped(photos):
     images = load(photos)
     first, second = (batches(images, ranks=2, rank=rank, stop=10) for rank in range(2))
     merged = [index for pair in zip(first, second, strict=True) for batch in pair for index in batch]
     assert merged == sum(batches(images, stop=20), [])
-
-
-def test_draws_go_on_where_a_run_stopped(photos):
-    images = load(photos)
     assert list(images.draws(0, 1, 7, 20)) == list(images.draws(0, 1, 0, 20))[7:]
 
 
@@ -529,16 +488,6 @@ def test_a_batch_has_one_size(tmp_path):
     drawn = batches(images)
     assert all(len({images.windows[index] for index in batch}) == 1 for batch in drawn)
     assert {frozenset(batch) for batch in drawn} >= {frozenset({1, 3})}
-
-
-def test_draws_are_keyed_by_seed_rank_and_micro_step(photos):
-    keys = set()
-    for seed in (0, 1):
-        images = load(photos, f"--seed={seed}", "--train_batch_size=2")
-        keys |= {key for rank in (0, 1) for batch in images.draws(rank, 2, 0, 5) for _, key in batch}
-    assert len(keys) == 2 * 2 * 5 * 2
-    numbers = {torch.rand(1, generator=sap.keyed_generator(*key)).item() for key in keys}
-    assert len(numbers) == len(keys)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -568,14 +517,3 @@ def test_a_picture_that_goes_bad_in_training_ends_the_run(threads, sd15, photos,
     (checkpoint,) = sap.list_checkpoints(tmp_path)  # what was trained is kept
     assert f"after step {checkpoint.name.removeprefix('checkpoint-')} of" in str(ended.value)
     assert_equal(lora(tmp_path), lora(checkpoint))
-
-
-def test_noise_does_not_depend_on_what_was_drawn_before(sd15, photos, tmp_path):
-    module, run = make_run("train_sap_lora_sd15", flags(sd15, photos, tmp_path))
-    first = draw(module, run, index=3)[0]
-    torch.manual_seed(99)
-    draw(module, run, index=2)
-    again, other = draw(module, run, index=3)[0], draw(module, run, index=4)[0]
-    assert torch.equal(first.model_input, again.model_input)
-    assert torch.equal(first.target, again.target)
-    assert not torch.allclose(first.target, other.target)
