@@ -74,6 +74,9 @@ def test_without_anchor_no_class_prompt_is_needed(photos):
         ("a photo of a sks dog", [], "a photo of a dog"),
         ("an ohwx elephant in the snow", [], "an elephant in the snow"),
         ("a photo of <new1> apple", [], "a photo of apple"),
+        ("a photo of my <dog-1> dog", [], "a photo of my dog"),
+        ("a photo of a [V] dog near desks", [], "a photo of a dog near desks"),
+        ("a V* toy", [], "a toy"),
         ("a photo of my TOK cat", [], "a photo of my cat"),
         ("photos of sks dogs", [], "photos of dogs"),
         ("a photo of sks dog between desks", [], "a photo of dog between desks"),
@@ -86,7 +89,7 @@ def test_the_class_prompt_is_derived(prompt, more, derived, photos):
     assert without_class_prompt(photos, f"--instance_prompt={prompt}", *more).class_prompt == derived
 
 
-@pytest.mark.parametrize("prompt", ["a photo of a dog", "a photo of sks zwx dog", "SKS dog", "two desks"])
+@pytest.mark.parametrize("prompt", ["a photo of a dog", "a photo of sks zwx dog", "SKS dog", "two desks", "sksdog"])
 def test_a_class_prompt_that_cannot_be_derived_is_asked_for(prompt, photos, capsys):
     with pytest.raises(SystemExit):
         without_class_prompt(photos, f"--instance_prompt={prompt}")

@@ -15,7 +15,7 @@ import pytest
 import tiny_pipelines
 import torch
 from PIL import Image
-from runner import LORA_FILE, ROOT, assert_equal, flags, lora, train, without
+from runner import LORA_FILE, ROOT, assert_equal, flags, lora, train
 
 import train_sap_lora_sd3 as sd3
 import train_sap_lora_sd15 as sap
@@ -72,31 +72,6 @@ def test_a_pasted_command_trains_and_says_what_its_anchor_is(sd15, photos, tmp_p
     train(SCRIPT, [*words, *on_a_cpu, "--mixed_precision=no", "--num_validation_images=1"])
     assert lora(tmp_path / "out")
     assert 'Anchor:   "a photo of dog", w = 0.5 (without "sks"; --class_prompt to say it better)' in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("prompt", "expected"),
-    [
-        ("a photo of sks dog", "a photo of dog"),
-        ("a photo of a sks elephant", "a photo of a elephant"),
-        ("the sks dog on the beach", "the dog on the beach"),
-        ("a photo of my <dog-1> dog", "a photo of my dog"),
-        ("a photo of sks shoes", "a photo of shoes"),
-        ("a photo of a [V] dog near desks", "a photo of a dog near desks"),
-        ("a V* toy", "a toy"),
-    ],
-)
-def test_the_class_prompt_is_the_instance_prompt_without_its_identifier(prompt, expected, photos):
-    arguments = without(flags("base", photos, "/out"), "--class_prompt", "--instance_prompt")
-    assert sap.parse_args([*arguments, f"--instance_prompt={prompt}"]).class_prompt == expected
-
-
-@pytest.mark.parametrize("prompt", ["a photo of my dog", "sks dog and ohwx cat", "masks", "sksdog"])
-def test_without_one_identifier_the_class_prompt_is_asked_for(prompt, photos, capsys):
-    arguments = without(flags("base", photos, "/out"), "--class_prompt", "--instance_prompt")
-    with pytest.raises(SystemExit, match="2"):
-        sap.parse_args([*arguments, f"--instance_prompt={prompt}"])
-    assert "the anchor needs a prompt for the class: --class_prompt" in capsys.readouterr().err
 
 
 # ---- Folders ----
@@ -240,10 +215,6 @@ def test_flags_of_the_advanced_scripts_are_named_as_such(flag, photos, capsys):
         sap.parse_args(flags("base", photos, "/out", flag))
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"{flag.split('=')[0]} of diffusers' advanced scripts is not supported; --" in last
-
-
-def test_an_abbreviation_is_taken_as_upstream_takes_it(photos):
-    assert sap.parse_args(flags("base", photos, "/out", "--class_p=x")).class_prompt == "x"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -248,9 +247,7 @@ def test_a_mistake_ends_in_one_sentence_and_status_2(script, mistake, words, bas
     more = mistake.split()
     left_out = [flag.rstrip("=") for flag in more if flag.endswith("=")]
     arguments = without(flags(bases[script], photos, tmp_path / "out", *more), *left_out)
-    begun = time.monotonic()
     status = run_script(script, arguments)
-    assert time.monotonic() - begun < 15
     assert status == 2
     sentence = only_sentence(capsys.readouterr().err)
     assert words in sentence

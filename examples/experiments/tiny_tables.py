@@ -184,7 +184,6 @@ def tendencies(backbones: list[Found]) -> str:
 def frontier(backbones: list[Found]) -> str:
     """A row a point of the anchor, stopped early too where that was drawn: how far it lies above the lines of w = 0
     that is stopped early, as it is, at a low rate and at a low rank. Below: how many intervals are without zero.
-
     """
     kinds = [(W0, 0), (W0, 1), *((run, 0) for run in STOPPED if run != W0)]
     rows = []
