@@ -250,39 +250,6 @@ def half_white(path: Path, size: tuple[int, int] = (72, 64)) -> None:
     mask.save(path)
 
 
-@pytest.fixture
-def masks(photos, tmp_path) -> Path:
-    """A mask for each photo, white on the left."""
-    folder = tmp_path / "masks"
-    folder.mkdir()
-    for path in photos.glob("*.jpg"):
-        half_white(folder / f"{path.stem}.png")
-    return folder
-
-
-def test_what_systems_leave_beside_masks_is_no_mask(masks, photos):
-    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
-        (masks / name).write_bytes(b"x")
-    assert len(load(photos, f"--mask_dir={masks}").masks) == 5
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda masks: half_white(masks / "00.bmp"), "00.bmp and 00.png are two masks"),
-        (lambda masks: pipe(masks / "00.png"), "the mask of 00.jpg: it is no regular file"),
-        (
-            lambda masks: half_white(masks / "00.png", (64, 72)),
-            "64 x 72 pixels, and the photo, turned as its EXIF says, 72 x 64",
-        ),
-    ],
-)
-def test_mistakes_in_masks_are_named(change, words, masks, photos):
-    change(masks)
-    with pytest.raises(sap.UsageError, match=words):
-        load(photos, f"--mask_dir={masks}")
-
-
 # ---- Held out ----
 
 

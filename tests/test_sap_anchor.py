@@ -137,6 +137,9 @@ class Student:
         self.model.add_adapter(LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False, **config))
         self.forward = self.model
 
+    def watched(self) -> SemanticAnchor:
+        return SemanticAnchor(self.model, **self.class_inputs)
+
     def predict(self) -> Tensor:
         """What a script does."""
         values = list(self.inputs.values())[: self.positional]
@@ -162,12 +165,20 @@ def stacked(output) -> Tensor:
     return torch.stack(prediction).float() if isinstance(prediction, list) else prediction.float()
 
 
+def distance(prediction: Tensor, anchor: Tensor) -> Tensor:
+    return (prediction - anchor).square().mean()
+
+
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
     largest = max(gradient.abs().max() for gradient in expected.values())
     assert largest > 1e-5
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         assert torch.allclose(gradient, expected[name], rtol=0, atol=tolerance * largest), name
+
+
+def same(one: Tensor, other: Tensor, rtol: float = 1e-5) -> bool:
+    return torch.allclose(one, other, rtol=rtol)
 
 
 # ---- The anchor, and the gradient of its term ----
@@ -180,7 +191,7 @@ HOW = [*((denoiser, how) for denoiser in DENOISERS for how in ("float32", "bf16"
 def test_drift_and_gradient_are_those_of_an_anchor_by_hand(denoiser, how):
     student = Student(denoiser)
     before = {name: one.requires_grad for name, one in student.model.named_parameters()}
-    anchor = SemanticAnchor(student.model, **student.class_inputs)
+    anchor = student.watched()
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[how]
     with torch.autocast("cpu", dtype, enabled=how != "float32"):
         if how == "bf16":
@@ -189,9 +200,9 @@ def test_drift_and_gradient_are_those_of_an_anchor_by_hand(denoiser, how):
         by_hand = student.anchor()
         for_subject = stacked(student.base(**student.inputs))
     drift = anchor.drift()  # outside of autocast, as in the scripts
-    expected = (prediction - by_hand).square().mean()
+    expected = distance(prediction, by_hand)
     assert drift.dtype == torch.float32
-    assert torch.allclose(drift, expected, rtol=1e-5)
+    assert same(drift, expected)
     assert not torch.allclose(by_hand, for_subject, atol=1e-4)
     assert_close(student.gradients(drift), student.gradients(expected), 1e-3 if how == "fp16" else 1e-5)
     assert {name: one.requires_grad for name, one in student.model.named_parameters()} == before
@@ -202,8 +213,8 @@ def test_inputs_that_learn_get_the_students_gradient_alone():
     student = Student(sana)
     by_hand = student.anchor()
     latents = student.inputs["hidden_states"].requires_grad_(True)
-    anchor = SemanticAnchor(student.model, **student.class_inputs)
-    expected = (student.predict() - by_hand).square().mean()
+    anchor = student.watched()
+    expected = distance(student.predict(), by_hand)
     (found,) = torch.autograd.grad(anchor.drift(), latents, retain_graph=True)
     (wanted,) = torch.autograd.grad(expected, latents)
     assert torch.allclose(found, wanted, rtol=0, atol=1e-5 * wanted.abs().max())
@@ -215,28 +226,24 @@ def test_a_prepared_model_predicts_the_anchor_in_its_own_mixed_precision(made):
     student = Student(qwen_image)
     reset()
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    if made == "before prepare":
-        anchor = SemanticAnchor(student.model, **student.class_inputs)
+    anchor = student.watched() if made == "before prepare" else None
     student.forward = accelerator.prepare(student.model)
-    if made == "after prepare":
-        anchor = SemanticAnchor(student.forward, **student.class_inputs)
+    anchor = anchor or SemanticAnchor(student.forward, **student.class_inputs)
     prediction = student.predict()
     with torch.autocast("cpu", torch.bfloat16):
-        by_hand = student.anchor()
-    expected = (prediction - by_hand).square().mean()
-    assert torch.allclose(anchor.drift(), expected, rtol=1e-5)
-    assert not torch.allclose((prediction - student.anchor()).square().mean(), expected, rtol=1e-5)
+        expected = distance(prediction, student.anchor())
+    assert same(anchor.drift(), expected)
+    assert not same(distance(prediction, student.anchor()), expected)
 
 
 def test_drift_inside_an_autocast_region_leaves_the_lora_its_gradient():
     """Both forwards in one region: weights that were cast for the one without gradient must not serve the other."""
     student = Student(sd3)
-    anchor = SemanticAnchor(student.model, **student.class_inputs)
+    anchor = student.watched()
     with torch.autocast("cpu", torch.bfloat16):
         for _ in range(2):
             student.predict()
-            drift = anchor.drift()
-            assert min(gradient.abs().max() for gradient in student.gradients(drift).values()) > 0
+            assert min(gradient.abs().max() for gradient in student.gradients(anchor.drift()).values()) > 0
 
 
 def test_gradients_of_accumulated_micro_steps_are_averaged():
@@ -245,21 +252,26 @@ def test_gradients_of_accumulated_micro_steps_are_averaged():
     reset()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     student.forward = accelerator.prepare(student.model)
-    anchor = SemanticAnchor(student.model, **student.class_inputs)
+    anchor = student.watched()
     for factor in (1.0, 3.0):
         with accelerator.accumulate(student.forward):
             student.predict()
             accelerator.backward(anchor.drift(torch.full((2,), factor)))
     found = {name: parameter.grad for name, parameter in student.trained().items()}
-    assert_close(found, student.gradients(2.0 * (student.predict() - by_hand).square().mean()))
+    assert_close(found, student.gradients(2.0 * distance(student.predict(), by_hand)))
+
+
+def student_of(rank: int) -> Student:
+    student = Student(qwen_image)
+    student.inputs["hidden_states"] = student.inputs["hidden_states"] * (1 + rank)
+    return student
 
 
 def one_rank(rank: int, port: int, gradients: Path) -> None:
     """One of two processes, each with a sample of its own."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    student = Student(qwen_image)
-    student.inputs["hidden_states"] = student.inputs["hidden_states"] * (1 + rank)
+    student = student_of(rank)
     student.forward = nn.parallel.DistributedDataParallel(student.model)
     anchor = SemanticAnchor(student.model if rank == 0 else student.forward, **student.class_inputs)
     student.predict()
@@ -279,47 +291,28 @@ def test_two_ranks_train_on_the_mean_of_their_gradients(tmp_path):
     for process in ranks:
         process.join(forks.PATIENCE)
     assert [process.exitcode for process in ranks] == [0, 0]
-    expected = []
-    for rank in range(2):
-        student = Student(qwen_image)
-        student.inputs["hidden_states"] = student.inputs["hidden_states"] * (1 + rank)
-        expected.append(student.gradients((student.predict() - student.anchor()).square().mean()))
-    mean = {name: (gradient + expected[1][name]) / 2 for name, gradient in expected[0].items()}
+    students = [student_of(rank) for rank in range(2)]
+    first, second = (one.gradients(distance(one.predict(), one.anchor())) for one in students)
+    mean = {name: (gradient + second[name]) / 2 for name, gradient in first.items()}
     for rank in range(2):
         assert_close(torch.load(tmp_path / f"{rank}.pt", weights_only=True), mean)
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_compiled_blocks_and_models_have_the_same_anchor(whole):
-    student = Student(qwen_image)
-    by_hand = student.anchor()
-    anchor = SemanticAnchor(student.model, **student.class_inputs)
-    if whole:
+@pytest.mark.parametrize("kind", ["dora", "dropout", "rslora", "wrapped by peft", "compiled", "compiled blocks"])
+def test_kinds_of_models(kind):
+    configs = {"dora": {"use_dora": True}, "dropout": {"lora_dropout": 0.5}, "rslora": {"use_rslora": True}}
+    student = Student(sd15 if kind in configs else sana, **configs.get(kind, {}))
+    if kind == "wrapped by peft":
+        config = LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False)
+        student.model = student.forward = get_peft_model(copy.deepcopy(student.base), config)
+    anchor = student.watched()
+    if kind == "compiled":
         student.forward = torch.compile(student.model, backend="eager")
-    else:
+    if kind == "compiled blocks":
         student.model.compile_repeated_blocks(backend="eager")
     for _ in range(2):
         prediction = student.predict()
-        assert torch.allclose(anchor.drift(), (prediction - by_hand).square().mean(), rtol=1e-5)
-
-
-@pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_dropout": 0.5}, {"use_rslora": True}])
-def test_kinds_of_lora(config):
-    student = Student(sd15, **config)
-    anchor = SemanticAnchor(student.model, **student.class_inputs)
-    prediction = student.predict()
-    assert torch.allclose(anchor.drift(), (prediction - student.anchor()).square().mean(), rtol=1e-5)
-
-
-def test_a_model_wrapped_by_peft():
-    student = Student(sana)
-    student.model = get_peft_model(
-        copy.deepcopy(student.base), LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False)
-    )
-    student.forward = student.model
-    anchor = SemanticAnchor(student.model, **student.class_inputs)
-    prediction = student.predict()
-    assert torch.allclose(anchor.drift(), (prediction - student.anchor()).square().mean(), rtol=1e-5)
+        assert same(anchor.drift(), distance(prediction, student.anchor()))
 
 
 # ---- Maps, weights, prompts ----
@@ -327,28 +320,27 @@ def test_a_model_wrapped_by_peft():
 
 def test_student_and_anchor_go_through_the_same_output_map():
     student = Student(sd3)
-    anchor = SemanticAnchor(student.model, **student.class_inputs)
+    anchor = student.watched()
     sigmas = torch.tensor([0.02, 0.7])[:, None, None, None]
     noisy = student.inputs["hidden_states"]
     scheduler = EDMEulerScheduler()
     for output_map in (lambda p: p * (-sigmas) + noisy, lambda p: scheduler.precondition_outputs(noisy, p, sigmas)):
         prediction = student.predict()
         drift = anchor.drift(output_map=output_map)
-        expected = (output_map(prediction) - output_map(student.anchor())).square().mean()
-        assert torch.allclose(drift, expected, rtol=1e-4)
-        assert not torch.allclose(drift, (prediction - student.anchor()).square().mean(), rtol=0.1)
+        assert same(drift, distance(output_map(prediction), output_map(student.anchor())), 1e-4)
+        assert not same(drift, distance(prediction, student.anchor()), 0.1)
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1, 1, 1), (2, 1, 1, 1, 1)])
 @pytest.mark.parametrize("denoiser", [flux, z_image])
 def test_weights_of_samples(denoiser, shape):
     student = Student(denoiser)
-    anchor = SemanticAnchor(student.model, **student.class_inputs)
+    anchor = student.watched()
     first, second = (student.predict() - student.anchor()).square()
     drift = anchor.drift(torch.tensor([3.0, 0.5]).reshape(shape))
-    assert torch.allclose(drift, (3 * first.mean() + 0.5 * second.mean()) / 2, rtol=1e-5)
+    assert same(drift, (3 * first.mean() + 0.5 * second.mean()) / 2)
     student.predict()
-    assert torch.allclose(anchor.drift(torch.tensor([1, 0])), first.mean() / 2, rtol=1e-5)  # the second one left out
+    assert same(anchor.drift(torch.tensor([1, 0])), first.mean() / 2)  # the second one left out
     student.predict()
     with pytest.raises(ValueError, match="weighting is for 1 samples, the student's call for 2"):
         anchor.drift(torch.ones(1))
@@ -358,61 +350,71 @@ def test_weights_of_samples(denoiser, shape):
 def test_class_prompts_for_each_caption(denoiser):
     """What a call names replaces the constructor's for this call; a tensor of two and a list of two go as they are."""
     student = Student(denoiser)
-    anchor = SemanticAnchor(student.model, **student.class_inputs)
+    anchor = student.watched()
+    class_inputs = {"cap_feats": [torch.randn(3, 8), torch.randn(6, 8)]}
+    changed = class_inputs
     if denoiser is sdxl:
-        prompts = torch.randn(2, 6, 8)
-        class_inputs = {"encoder_hidden_states": prompts, "added_cond_kwargs": {"text_embeds": torch.randn(2, 8)}}
-        by_hand = student.anchor(
-            encoder_hidden_states=prompts,
-            added_cond_kwargs={**student.inputs["added_cond_kwargs"], **class_inputs["added_cond_kwargs"]},
-        )
-    else:
-        class_inputs = {"cap_feats": [torch.randn(3, 8), torch.randn(6, 8)]}
-        by_hand = student.anchor(**class_inputs)
+        pooled = {"text_embeds": torch.randn(2, 8)}
+        class_inputs = {"encoder_hidden_states": torch.randn(2, 6, 8), "added_cond_kwargs": pooled}
+        changed = class_inputs | {"added_cond_kwargs": {**student.inputs["added_cond_kwargs"], **pooled}}
     prediction = student.predict()
     drift = anchor.drift(class_inputs=class_inputs)
-    assert torch.allclose(drift, (prediction - by_hand).square().mean(), rtol=1e-5)
+    assert same(drift, distance(prediction, student.anchor(**changed)))
     student.predict()
     usual = anchor.drift()
-    assert torch.allclose(usual, (prediction - student.anchor()).square().mean(), rtol=1e-5)
-    assert not torch.allclose(usual, drift, rtol=1e-3)
+    assert same(usual, distance(prediction, student.anchor()))
+    assert not same(usual, drift, 1e-3)
 
 
 # ---- What it refuses ----
 
 
-def refused(error, words, denoiser=sana, change=lambda model: None, **class_inputs):
-    student = Student(denoiser)
-    change(student.model)
-    with pytest.raises(error, match=words):
-        SemanticAnchor(student.model, **{**student.class_inputs, **class_inputs})
+def peft_model(**config) -> nn.Module:
+    return get_peft_model(copy.deepcopy(Student(sana).base), LoraConfig(target_modules=["to_q"], **config))
 
 
-def test_an_input_that_forward_has_not():
-    refused(TypeError, "unexpected keyword argument 'cap_feats'", cap_feats=[torch.randn(7, 8)])
+def with_trained_output() -> nn.Module:
+    model = Student(sana).model
+    model.proj_out.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (with_trained_output, "proj_out.weight trains but is no adapter"),
+        (lambda: Student(sana).base, "the denoiser has no adapters"),
+        (lambda: peft_model(bias="all"), "bias trains but is no adapter"),
+        (lambda: peft_model(modules_to_save=["proj_out"]).requires_grad_(False), "modules_to_save"),
+    ],
+)
+def test_what_cannot_be_switched_off(make, says):
+    with pytest.raises(ValueError, match=says):
+        SemanticAnchor(make(), encoder_hidden_states=torch.randn(1, 7, 8))
+
+
+def test_inputs_that_do_not_fit():
     student = Student(sana)
-    anchor = SemanticAnchor(student.model, **student.class_inputs)
-    student.predict()
-    with pytest.raises(TypeError, match="unexpected keyword argument 'prompt_embeds'"):
-        anchor.drift(class_inputs={"prompt_embeds": torch.randn(1, 7, 8)})
-
-
-def test_what_cannot_be_switched_off():
-    refused(ValueError, "proj_out.weight trains but is no adapter", change=lambda m: m.proj_out.requires_grad_(True))
-    with pytest.raises(ValueError, match="the denoiser has no adapters"):
-        SemanticAnchor(Student(sana).base, encoder_hidden_states=torch.randn(1, 7, 8))
-    model = get_peft_model(copy.deepcopy(Student(sana).base), LoraConfig(target_modules=["to_q"], bias="all"))
-    with pytest.raises(ValueError, match="bias trains but is no adapter"):
-        SemanticAnchor(model, encoder_hidden_states=torch.randn(1, 7, 8))
-    config = LoraConfig(target_modules=["to_q"], modules_to_save=["proj_out"])
-    model = get_peft_model(copy.deepcopy(Student(sana).base), config).requires_grad_(False)
-    with pytest.raises(ValueError, match="modules_to_save"):
-        SemanticAnchor(model, encoder_hidden_states=torch.randn(1, 7, 8))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'cap_feats'"):
+        SemanticAnchor(student.model, cap_feats=[torch.randn(7, 8)])
+    anchor = SemanticAnchor(student.model)
+    for error, says, more in (
+        (TypeError, "unexpected keyword argument 'prompt_embeds'", {"prompt_embeds": torch.randn(1, 7, 8)}),
+        (ValueError, "no class inputs", None),
+        (
+            ValueError,
+            "_states is for 3 samples, the student's call for 2",
+            {"encoder_hidden_states": torch.ones(3, 7, 8)},
+        ),
+    ):
+        student.predict()
+        with pytest.raises(error, match=says):
+            anchor.drift(class_inputs=more)
 
 
 def test_merged_adapters():
     student = Student(sana)
-    anchor = SemanticAnchor(student.model, **student.class_inputs)
+    anchor = student.watched()
     student.predict()
     student.model.fuse_lora()
     with pytest.raises(RuntimeError, match="merged into the weights"):
@@ -421,12 +423,11 @@ def test_merged_adapters():
 
 def test_one_call_of_the_denoiser_for_each_drift():
     student = Student(sana)
-    anchor = SemanticAnchor(student.model, **student.class_inputs)
-    with pytest.raises(RuntimeError, match="found no call"):
-        anchor.drift()
-    student.predict()
-    anchor.drift()
-    with pytest.raises(RuntimeError, match="found no call"):
+    anchor = student.watched()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="found no call"):
+            anchor.drift()
+        student.predict()
         anchor.drift()
     student.predict()
     with pytest.raises(RuntimeError, match="called twice"):
@@ -435,22 +436,11 @@ def test_one_call_of_the_denoiser_for_each_drift():
     anchor.drift()
 
 
-def test_class_inputs_that_do_not_fit():
-    student = Student(sana)
-    anchor = SemanticAnchor(student.model)
-    student.predict()
-    with pytest.raises(ValueError, match="no class inputs"):
-        anchor.drift()
-    student.predict()
-    with pytest.raises(ValueError, match="encoder_hidden_states is for 3 samples, the student's call for 2"):
-        anchor.drift(class_inputs={"encoder_hidden_states": torch.randn(3, 7, 8)})
-
-
 def test_a_model_under_fsdp(tmp_path):
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         student = Student(sana)
-        anchor = SemanticAnchor(student.model, **student.class_inputs)
+        anchor = student.watched()
         fully_shard(student.model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
         student.predict()
         with pytest.raises(RuntimeError, match="FSDP"):
@@ -464,7 +454,7 @@ def test_a_model_under_fsdp(tmp_path):
 
 def test_adapters_come_back_after_an_error_in_the_repeat():
     student = Student(sana)
-    anchor = SemanticAnchor(student.model, **student.class_inputs)
+    anchor = student.watched()
     before = student.predict()
     with pytest.raises(RuntimeError):
         anchor.drift(class_inputs={"encoder_hidden_states": torch.randn(1, 7, 9)})
@@ -476,7 +466,7 @@ def test_adapters_come_back_after_an_error_in_the_repeat():
 def test_sampling_and_saving_between_call_and_drift(tmp_path):
     student = Student(sana)
     names = student.model.state_dict().keys()
-    anchor = SemanticAnchor(student.model, **student.class_inputs)
+    anchor = student.watched()
     prediction = student.predict()
     with torch.no_grad():
         assert torch.equal(student.predict(), prediction)
@@ -487,13 +477,13 @@ def test_sampling_and_saving_between_call_and_drift(tmp_path):
     student.predict()  # nothing trains
     student.model.enable_lora()
     assert student.model.state_dict().keys() == names
-    assert torch.allclose(anchor.drift(), (prediction - student.anchor()).square().mean(), rtol=1e-5)
+    assert same(anchor.drift(), distance(prediction, student.anchor()))
 
 
 def test_sampling_pictures_of_two_sizes():
     """Z-Image's list may hold them; they could not be stacked."""
     student = Student(z_image)
-    SemanticAnchor(student.model, **student.class_inputs)
+    student.watched()
     student.inputs["x"] = [torch.randn(4, 1, 8, 8), torch.randn(4, 1, 4, 8)]
     with torch.no_grad():
         sizes = [one.shape for one in student.model(**student.inputs)[0]]
@@ -502,7 +492,7 @@ def test_sampling_pictures_of_two_sizes():
 
 def test_removing_it():
     student = Student(sana)
-    with SemanticAnchor(student.model, **student.class_inputs) as anchor:
+    with student.watched() as anchor:
         student.predict()
         anchor.drift()
     assert not student.model._forward_hooks
@@ -510,8 +500,7 @@ def test_removing_it():
     student.predict()
     with pytest.raises(RuntimeError, match="found no call"):
         anchor.drift()
-    anchor = SemanticAnchor(student.model, **student.class_inputs)
-    anchor.remove()
+    student.watched().remove()
     assert not student.model._forward_hooks
 
 
