@@ -20,11 +20,12 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.transforms import Bbox
 from PIL import Image, ImageDraw, ImageFont
 from tiny_experiments import WORLD, forget_accelerate
 from tiny_numbers import BACKBONES, BASE, TITLES, TUNING_SUBJECTS, Found, estimate, read_subjects, write_subjects
 from tiny_plan import PRIOR, SAP
-from tiny_tables import CURVE, FINETUNED, NAMES, STOPPED, TENDENCIES, W0, W1, judge, tables
+from tiny_tables import CURVE, FINETUNED, NAMES, SHARED, STOPPED, TENDENCIES, W0, W1, judge, tables
 from tqdm import tqdm
 
 matplotlib.use("Agg")
@@ -175,54 +176,73 @@ def save(figure: plt.Figure, file: Path) -> None:
     plt.close(figure)
 
 
-def centre(found: Found, run: str, step: int | None = None) -> tuple[float, ...]:
-    return tuple(estimate(found.get(run, metric, step)).value for metric in ("clip_t", "fidelity"))
-
-
 def draw_frontier(file: Path, backbones: list[Found]) -> None:
-    """Fidelity against alignment: over w, and over the steps of w = 0."""
-    figure, axes = plt.subplots(1, len(backbones), figsize=(4.4 * len(backbones), 4.2), squeeze=False)
-    for axis, found in zip(axes[0], backbones, strict=True):
-        labels = []
-        for (run, label), style in zip(STOPPED.items(), ("o--", "v:", "^:"), strict=True):
-            if not found.get(run, "clip_t"):
-                continue
-            stops = {0: centre(found, BASE, 0)}
-            stops |= {step: centre(found, run, step) for step in found.steps(run, "clip_t")}
-            colour = "0.35" if run == W0 else "0.65"
-            axis.plot(*zip(*stops.values(), strict=True), style, color=colour, markersize=4, linewidth=1, label=label)
-            if run == W0:
-                labels += [(f"{step} steps" if step else "base", point, colour) for step, point in stops.items()]
-        curve = {NAMES[run][4:]: centre(found, run) for run in CURVE if found.get(run, "clip_t")}
-        if curve:
-            ends = {"color": COLOURS[found.name], "markersize": 5, "label": "the anchor, over w"}
-            axis.plot(*zip(*curve.values(), strict=True), "s-", **ends)
-        labels += [(f"w = {w}", point, "black") for w, point in curve.items()]
-        marks = {PRIOR: "P", FINETUNED: "X", f"{SAP}-masked": "*", "dco": "d", "dop": "h", "l2": "<"}
-        for run in (run for run in marks if found.get(run, "clip_t")):
-            axis.plot(*centre(found, run), marks[run], markersize=7, color="#a02c2c", alpha=0.8, label=NAMES[run])
-        axis.set(title=found.name, xlabel="alignment (CLIP-T)", ylabel="fidelity (CLIP-I, DINO)")
-        axis.legend(fontsize=7)
-        axis.margins(x=0.2)  # for labels at both ends
-        axis.grid(alpha=0.3)
-        figure.tight_layout()
-        write_labels(axis, labels)
+    """Fidelity against alignment, and against what is left of the class."""
+    titles = {"clip_t": "alignment (CLIP-T)", "pres": "the class's likeness to the subject (PRES)"}
+    figure, axes = plt.subplots(2, len(backbones), figsize=(4.4 * len(backbones), 8.2), squeeze=False)
+    for row, metric in zip(axes, titles, strict=True):
+        for axis, found in zip(row, backbones, strict=True):
+            labels = draw_points(axis, found, metric)
+            axis.set(title=found.name, xlabel=titles[metric], ylabel="fidelity (CLIP-I, DINO)")
+            axis.legend(fontsize=7, loc="lower left" if metric == "clip_t" else "lower right")
+            axis.margins(x=0.2)  # for labels at both ends
+            axis.grid(alpha=0.3)
+            figure.tight_layout()
+            write_labels(axis, labels)
     save(figure, file)
 
 
+def draw_points(axis: plt.Axes, found: Found, metric: str) -> list[tuple[str, tuple[float, ...], str]]:
+    """Fidelity against a metric, over w, over the steps of w = 0 and for other methods; returns labels of points."""
+
+    def centre(run: str, step: int | None = None) -> tuple[float, ...]:
+        return tuple(estimate(found.get(run, one, step)).value for one in (metric, "fidelity"))
+
+    labels = []
+    for (run, label), style in zip(STOPPED.items(), ("o--", "v:", "^:"), strict=True):
+        if not found.get(run, metric):
+            continue
+        stops = {0: centre(BASE, 0)}
+        stops |= {step: centre(run, step) for step in found.steps(run, metric)}
+        colour = "0.35" if run == W0 else "0.65"
+        axis.plot(*zip(*stops.values(), strict=True), style, color=colour, markersize=4, linewidth=1, label=label)
+        if run == W0:
+            labels += [(f"{step} steps" if step else "base", point, colour) for step, point in stops.items()]
+    curve = {NAMES[run]: centre(run) for run in CURVE if found.get(run, metric)}
+    if curve:
+        ends = {"color": COLOURS[found.name], "markersize": 5, "label": "the anchor, over w"}
+        axis.plot(*zip(*curve.values(), strict=True), "s-", **ends)
+        labels += [(w, point, "black") for w, point in curve.items()]
+    shares = {share: centre(run) for run, share in SHARED.items() if found.get(run, metric)}
+    if shares:
+        ends = {"color": "#7a3fa0", "markersize": 4, "label": "w = 0.5, a share sees the class prompt"}
+        axis.plot(*zip(*shares.values(), strict=True), "D-.", **ends)
+        labels += [(f"{share:.0%}", point, "#7a3fa0") for share, point in shares.items()]
+    marks = {PRIOR: "P", FINETUNED: "X", f"{SAP}-masked": "*", "dco": "d", "dop": "h", "l2": "<"}
+    for run in (run for run in marks if found.get(run, metric)):
+        axis.plot(*centre(run), marks[run], markersize=7, color="#a02c2c", alpha=0.8, label=NAMES[run])
+    return labels
+
+
 def write_labels(axis: plt.Axes, labels: Sequence[tuple[str, tuple[float, ...], str]]) -> None:
-    """Write each of `labels`, (text, point, colour), beside its point, where neither legend nor label stands yet."""
+    """Write each of `labels`, (text, point, colour), beside its point: inside, and over no legend, point or label;
+    none where there is no such place."""
     taken = [axis.get_legend().get_window_extent()]
+    for line in axis.get_lines():
+        for across, up in axis.transData.transform(line.get_xydata()):
+            taken.append(Bbox.from_extents(across - 4, up - 4, across + 4, up + 4))
+    inside = axis.get_window_extent()
     for text, point, colour in labels:
-        for across, up in itertools.product((6, -6, 24, -24), (0, -8, 8, -16, 16, -24, 24)):
+        for across, up in itertools.product((7, -7, 28, -28, 50), (0, -9, 9, -18, 18, -27, 27)):
             side = "left" if across > 0 else "right"
             beside = {"textcoords": "offset points", "ha": side, "va": "center", "fontsize": 7, "color": colour}
             written = axis.annotate(text, point, (across, up), **beside)
             box = written.get_window_extent()
-            if not any(box.overlaps(other) for other in taken):
+            within = inside.contains(*box.min) and inside.contains(*box.max)
+            if within and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
                 break
             written.remove()
-        taken.append(box)
 
 
 def draw_drift(file: Path, backbones: list[Found]) -> None:
