@@ -412,12 +412,19 @@ def look_up_embeddings(run, prompts) -> dict[str, Tensor]:
 
 
 def mask_weights(run, items, size) -> Tensor | float:
-    """What the reconstruction weighs in each place (B, 1, h, w): 1 inside the masks, `--unmasked_weight` outside."""
-    if not run.images.masks or items[0]["index"] >= run.images.count:  # pictures that are held out have none
-        return 1.0
-    masks = [run.images.mask(item["index"], item["flipped"], item["centering"], size) for item in items]
-    inside = torch.stack(masks)
-    return to_device(inside + run.args.unmasked_weight * (1 - inside), run.device)
+    """What the reconstruction weighs in each place, (B, 1, h, w) or for all (B, 1, 1, 1): 1 inside the masks,
+    `--unmasked_weight` outside, and nothing in samples that see the class prompt."""
+    weights = 1.0
+    if run.images.masks and items[0]["index"] < run.images.count:  # pictures that are held out have none
+        masks = [run.images.mask(item["index"], item["flipped"], item["centering"], size) for item in items]
+        inside = torch.stack(masks)
+        weights = inside + run.args.unmasked_weight * (1 - inside)
+    if run.args.class_share > 0:
+        shows_subject = torch.tensor([float(not item["of_class"]) for item in items])
+        weights = weights * shows_subject[:, None, None, None]
+    if isinstance(weights, Tensor):
+        weights = to_device(weights, run.device)
+    return weights
 
 
 def diffuse(run, latents, noise, generator) -> dict[str, Tensor]:
@@ -1157,6 +1164,12 @@ class SubjectImages:
         dropped = trains and drop < self.args.caption_dropout
         item["prompt"] = "" if dropped else self.captions[index]
         item["anchor_prompt"] = "" if dropped else self.anchor_captions[index]
+        item["of_class"] = False
+        if trains and self.args.class_share > 0:
+            draw = torch.rand(1, generator=keyed_generator(*key, "class share")).item()
+            item["of_class"] = draw < self.args.class_share
+        if item["of_class"]:
+            item["prompt"] = item["anchor_prompt"]
         return item
 
     def pixel_values(self, index, flipped, centering) -> Tensor:
@@ -2389,6 +2402,7 @@ FLAGS = [
         "pretrained",
         ["pretrained", "finetuned"],
     ),
+    Flag("--class_share", "Share of samples that see the class prompt and learn the anchor alone.", SHARE, 0.0),
     Free("--anchor_batch_size", "Samples of coming micro-steps in one anchor forward.", COUNT, 4),
     "prior preservation: accepted for old command lines, unused",
     Unused("--with_prior_preservation", "Unused."),
@@ -2617,6 +2631,8 @@ def check_anchor(args):
     unnamed = args.class_prompt is None and args.subject_token is None
     if args.anchor_weight > 0 and unnamed and not may_hold_captions(args):
         raise UsageError(CLASS_PROMPT_NEEDED)
+    if args.class_share > 0 and args.anchor_weight == 0:
+        raise UsageError("--class_share trains on the anchor: drop it, or --anchor_weight 0")
     if args.mask_dir and args.alpha_mask:
         raise UsageError("--mask_dir and --alpha_mask are two sources of masks: pass one")
     masked = args.mask_dir or args.alpha_mask

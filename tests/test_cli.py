@@ -21,7 +21,8 @@ COMMON = """anchor_weight anchor_source anchor_batch_size subject_token class_to
     image_column caption_column cache_dir repeats random_flip optimizer prodigy_beta3 prodigy_decouple snr_gamma
     prodigy_use_bias_correction prodigy_safeguard_warmup use_dora text_encoder_lr output_kohya_format lora_alpha
     lora_layers cache_latents aspect_ratio_buckets caption_dropout skip_final_inference final_validation_prompt
-    validation_steps allow_tf32 compile bnb_quantization_config_path logging_steps offload no_kohya_file""".split()
+    validation_steps allow_tf32 compile bnb_quantization_config_path logging_steps offload no_kohya_file
+    class_share""".split()
 # Where it is not given, a checkpoint comes every 100 steps, and the last five stay.
 OTHER_DEFAULTS = {"checkpointing_steps": None}
 

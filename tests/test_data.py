@@ -399,6 +399,16 @@ def test_caption_dropout_empties_both_prompts(photos):
 # ---- Posteriors ----
 
 
+def test_a_share_of_the_samples_sees_the_class_prompt(photos):
+    images = sap.SubjectImages(sap.parse_args(flags("base", photos, "/out", "--class_share=.25")))
+    items = [images[0, (0, 0, step, 0)] for step in range(1000)]
+    of_class = [item for item in items if item["of_class"]]
+    assert 200 < len(of_class) < 300
+    assert {item["prompt"] for item in of_class} == {"a photo of a dog"}
+    assert {item["prompt"] for item in items if not item["of_class"]} == {"a photo of sks dog"}
+    assert {item["anchor_prompt"] for item in items} == {"a photo of a dog"}
+
+
 def test_posteriors_are_keyed_by_picture_and_mirror_and_sampled_anew(sd15, photos, tmp_path):
     run = make_run("train_sap_lora_sd15", flags(sd15, photos, tmp_path, "--random_flip"))[1]
     assert set(run.posteriors) == {(i, flipped) for i in range(5) for flipped in (False, True)}

@@ -167,6 +167,24 @@ def test_anchor_batch_size_does_not_change_the_lora(kind, more, base_of, caption
     assert_close(lora(tmp_path / "1"), lora(tmp_path / "4"), atol=1e-5)
 
 
+@pytest.mark.parametrize("more", [[], ["--train_text_encoder"], ["--alpha_mask"]], ids=" ".join)
+@every_script
+def test_samples_that_see_the_class_prompt_learn_the_anchor_alone(kind, more, base_of, tmp_path):
+    """A share of nearly all: the photos' pixels have no say in the loss, whatever they show."""
+    losses = []
+    for number, colour in enumerate(["red", "blue"]):
+        photos = tmp_path / colour
+        photos.mkdir()
+        for name in ("a.png", "b.png"):
+            photo = Image.new("RGBA", (64, 64), colour)
+            photo.paste((0, 255, 0, 0), (8, 8, 40 + number, 40))
+            photo.save(photos / name)
+        output = tmp_path / f"out-{colour}"
+        train(KINDS[kind][0], flags(base_of(kind), photos, output, "--class_share=.999999", *more, steps=2))
+        losses.append([row["loss/reconstruction"] for row in metrics(output)])
+    assert losses == [[0.0, 0.0], [0.0, 0.0]]
+
+
 @every_script
 def test_the_anchor_changes_what_is_learnt(kind, base_of, photos, tmp_path):
     for weight in (0, 1):
