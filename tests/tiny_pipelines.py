@@ -46,61 +46,11 @@ from transformers import (
 
 SIDE = 64  # pixels of a square sample when the caller names no size: sample_size 8 at the VAE's factor 8
 
-WORDS = [
-    "a",
-    "an",
-    "and",
-    "at",
-    "beach",
-    "black",
-    "blue",
-    "brown",
-    "cat",
-    "class",
-    "dog",
-    "drawing",
-    "female",
-    "flower",
-    "forest",
-    "front",
-    "grass",
-    "green",
-    "house",
-    "image",
-    "in",
-    "is",
-    "male",
-    "mountain",
-    "of",
-    "on",
-    "painting",
-    "person",
-    "photo",
-    "picture",
-    "portrait",
-    "purple",
-    "red",
-    "running",
-    "sitting",
-    "sks",
-    "small",
-    "snow",
-    "standing",
-    "star",
-    "teapot",
-    "the",
-    "token",
-    "toy",
-    "tree",
-    "under",
-    "water",
-    "wearing",
-    "white",
-    "wooden",
-    "with",
-    "yellow",
-    "zwx",
-]
+WORDS = """
+    a an and at beach black blue brown cat class dog drawing female flower forest front grass green house
+    image in is male mountain of on painting person photo picture portrait purple red running sitting sks
+    small snow standing star teapot the token toy tree under water wearing white wooden with yellow zwx
+""".split()
 
 
 @contextlib.contextmanager
