@@ -248,6 +248,31 @@ def changed(captioned, folder, was: str, now: str):
     return folder
 
 
+def of_my_dog(folder):
+    """The pictures of a command line on which neither prompt holds an identifier."""
+    arguments = without(flags("base", folder, "/out"), "--class_prompt", "--instance_prompt")
+    return sap.SubjectImages(sap.parse_args([*arguments, "--instance_prompt=my dog"]))
+
+
+def test_an_identifier_that_only_the_captions_hold_is_taken_from_them(captioned, caplog):
+    sap.logger.setLevel("INFO")
+    images = of_my_dog(captioned)
+    assert images.anchor_captions == [caption.replace("sks ", "") for caption in images.captions]
+    assert 'the captions without "sks"; --subject_token to say it better' in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("caption", "sentence"),
+    [
+        ("my dog on the sofa", 'the caption "my dog on the sofa" does not hold the word "sks"'),
+        ("ohwx dog", "the anchor needs a prompt for the class: --class_prompt"),
+    ],
+)
+def test_captions_that_do_not_all_hold_it_need_a_class_prompt(caption, sentence, captioned, tmp_path):
+    with pytest.raises(sap.UsageError, match=sentence):
+        of_my_dog(changed(captioned, tmp_path / "photos", "a photo of sks dog", caption))
+
+
 def test_a_caption_without_that_word_keeps_the_class_prompt(captioned, tmp_path):
     folder = changed(captioned, tmp_path / "photos", "a photo of sks dog", "desks and a dog")
     images = sap.SubjectImages(sap.parse_args(without(flags("base", folder, "/out"), "--class_prompt")))
