@@ -202,13 +202,6 @@ def test_what_is_no_record_is_no_checkpoint(content, sd15, photos, tmp_path, cap
     assert "checkpoint-1 is not complete, or damaged: it is skipped" in caplog.text
 
 
-@pytest.mark.parametrize("flag", [f"--output_dir=/tmp/{'x' * 300}", "--learning_rate=4e38"])
-def test_names_and_numbers_that_nothing_holds_end_in_a_sentence(flag, sd15, photos, capsys):
-    with pytest.raises((SystemExit, sap.UsageError)) as stopped:
-        train(SCRIPT, flags(sd15, photos, "/tmp/out", flag))
-    assert flag.split("=")[0] in str(stopped.value) + capsys.readouterr().err
-
-
 def test_an_anchor_batch_beyond_all_bounds_is_that_of_the_run(sd15, photos, tmp_path):
     train(SCRIPT, flags(sd15, photos, tmp_path / "one", "--anchor_batch_size=1000000000"))
     train(SCRIPT, flags(sd15, photos, tmp_path / "two", "--anchor_batch_size=2"))

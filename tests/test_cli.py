@@ -62,10 +62,6 @@ def without_class_prompt(photos: Path, *more: str):
     return sap.parse_args(without(flags("base", photos, "out", *more), "--class_prompt"))
 
 
-def test_without_anchor_no_class_prompt_is_needed(photos):
-    assert without_class_prompt(photos, "--anchor_weight=0").class_prompt is None
-
-
 @pytest.mark.parametrize(
     ("prompt", "more", "derived"),
     [
@@ -75,46 +71,56 @@ def test_without_anchor_no_class_prompt_is_needed(photos):
         ("a photo of a sks dog", [], "a photo of a dog"),
         ("an ohwx elephant in the snow", [], "an elephant in the snow"),
         ("a photo of <new1> apple", [], "a photo of apple"),
-        ("a photo of my <dog-1> dog", [], "a photo of my dog"),
-        ("a photo of a [V] dog near desks", [], "a photo of a dog near desks"),
-        ("a V* toy", [], "a toy"),
-        ("a photo of my TOK cat", [], "a photo of my cat"),
-        ("photos of sks dogs", [], "photos of dogs"),
-        ("a photo of sks dog between desks", [], "a photo of dog between desks"),
         ("sks dog and sks cat", [], "dog and cat"),
         ("sks, brown dog, sitting", [], ", brown dog, sitting"),
         ("a photo of sks", ["--subject_token=sks", "--class_token=a dog"], "a photo of a dog"),
+        ("a photo of a [V] dog near desks", [], "a photo of a dog near desks"),
+        ("a V* toy", [], "a toy"),
+        ("a photo of a dog", ["--anchor_weight=0"], None),
     ],
 )
 def test_the_class_prompt_is_derived(prompt, more, derived, photos):
     assert without_class_prompt(photos, f"--instance_prompt={prompt}", *more).class_prompt == derived
 
 
-@pytest.mark.parametrize("prompt", ["a photo of a dog", "a photo of sks zwx dog", "SKS dog", "two desks", "sksdog"])
+LACKS = "the anchor needs a prompt for the class: --class_prompt"
+NOTHING = "names nothing that the anchor could hold"
+WITHOUT_CLASS = {
+    "a photo of a dog": LACKS,
+    "a photo of sks zwx dog": LACKS,
+    "SKS dog": LACKS,
+    "masks of two desks": LACKS,
+    "sksdog": LACKS,
+    "photo of TOK": NOTHING,
+    "ohwx": NOTHING,
+    "3d icon in the style of TOK": NOTHING,
+    "a photo of sks in the snow": NOTHING,
+    "sks on a beach.": NOTHING,
+    "A photo of the <new1>.": NOTHING,
+}
+
+
+@pytest.mark.parametrize("prompt", WITHOUT_CLASS)
 def test_a_class_prompt_that_cannot_be_derived_is_asked_for(prompt, photos, capsys):
     with pytest.raises(SystemExit):
         without_class_prompt(photos, f"--instance_prompt={prompt}")
-    assert "the anchor needs a prompt for the class: --class_prompt" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("prompt", "more"),
-    [
-        ("photo of TOK", []),
-        ("ohwx", []),
-        ("3d icon in the style of TOK", []),
-        ("a photo of sks in the snow", []),
-        ("sks on a beach.", []),
-        ("A photo of the <new1>.", []),
-        ("a photo of zwq", ["--subject_token=zwq"]),
-    ],
-)
-def test_a_class_prompt_that_names_nothing_is_refused(prompt, more, photos, capsys):
-    with pytest.raises(SystemExit):
-        without_class_prompt(photos, f"--instance_prompt={prompt}", *more)
     said = capsys.readouterr().err
-    assert "names nothing that the anchor could hold" in said
+    assert WITHOUT_CLASS[prompt] in said
+    assert "--class_prompt" in said
+
+
+def test_a_class_prompt_of_a_named_subject_that_names_nothing_is_refused(photos, capsys):
+    with pytest.raises(SystemExit):
+        without_class_prompt(photos, "--instance_prompt=a photo of zwq", "--subject_token=zwq")
+    said = capsys.readouterr().err
+    assert NOTHING in said
     assert '--class_prompt "a photo of a dog"' in said
+
+
+def test_a_flag_that_is_like_no_other_gets_no_advice(photos, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        sap.parse_args(flags("base", photos, "out", "--zzz"))
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --zzz\n")
 
 
 def test_abbreviations_are_taken(photos):
@@ -160,13 +166,6 @@ def test_checkpoints_come_every_100_steps_and_five_stay_unless_said_otherwise(ph
     }.items():
         args = sap.parse_args(flags("base", photos, "out", *more.split()))
         assert (args.checkpointing_steps, args.checkpoints_total_limit) == expected
-
-
-def test_the_case_of_an_optimizers_name_makes_no_other_run(photos):
-    names = {
-        sap.parse_args(flags("base", photos, "out", f"--optimizer={name}")).optimizer for name in ("AdamW", "adamw")
-    }
-    assert names == {"adamw"}
 
 
 def test_every_flag_says_whether_a_resumed_run_may_change_it():

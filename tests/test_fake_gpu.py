@@ -272,10 +272,10 @@ def test_full_size_trains_in_known_memory(fake_gpus):
         cases[f"{base}-less"] = ("report", BASES[base][0], [*common, "--gradient_checkpointing"], True)
     reports, rows = run_cases(folder, cases), []
     for base in ANY:
-        assert isinstance(reports(base), dict), reports(base)
-        assert isinstance(reports(f"{base}-less"), dict), reports(f"{base}-less")
-        assert set(waits(reports(base))) <= {READ, WAIT}
-        most, less = reports(base)["peaks"], reports(f"{base}-less")["peaks"]
+        assert isinstance(reports[base], dict), reports[base]
+        assert isinstance(reports[f"{base}-less"], dict), reports[f"{base}-less"]
+        assert set(waits(reports[base])) <= {READ, WAIT}
+        most, less = reports[base]["peaks"], reports[f"{base}-less"]["peaks"]
         found = [most["load_text_pipeline"], most["encode_images"], most["train"], less["train"]]
         assert [one / 1e9 for one in found] == pytest.approx(PEAKS[base], rel=0.02)
         four = {name: less[name] - memory.saved_by_4_bits(base) for name in ("load_denoiser", "train")}
@@ -316,12 +316,12 @@ def test_full_size_starts_a_known_number_of_kernels(fake_gpus):
 # ---- What a CPU shows without a fake GPU ----
 
 
-def of_script(base: str, folder: Path, *more: str):
+def of_script(base: str, folder: Path):
     """The module and `Run` of one script on the CPU, of four micro-steps in two groups."""
     script, save, _ = BASES[base]
     photos = tiny_pipelines.save_photos(folder / "photos", count=2)
-    flags = runner.flags(save(folder / base), photos, folder / "output", "--anchor_batch_size=2", *more, steps=4)
-    return runner.make_run(script, runner.without(flags, *["--center_crop"] * ("--offload" in more)))
+    flags = runner.flags(save(folder / base), photos, folder / "output", "--anchor_batch_size=2", steps=4)
+    return runner.make_run(script, flags)
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
@@ -356,12 +356,3 @@ def test_switching_collected_adapters_walks_over_no_modules(base, tmp_path, monk
     assert not walks
     with sap.adapters_disabled(run.student.denoiser):
         assert walks
-
-
-@pytest.mark.parametrize("base", ANY)
-def test_offloading_moves_the_vae_once_for_the_crops_of_a_group(base, tmp_path, monkeypatch):
-    sap, run = of_script(base, tmp_path, "--offload")
-    moves = []
-    monkeypatch.setattr(run.vae, "to", lambda device: moves.append(device) or run.vae)
-    assert len(list(sap.micro_steps(run, 0))) == 4
-    assert moves == [run.device, run.device, "cpu"] * 2  # of which the second is none

@@ -15,7 +15,7 @@ import pytest
 import tiny_pipelines
 import torch
 from PIL import Image
-from runner import LORA_FILE, ROOT, assert_equal, flags, lora, train
+from runner import LORA_FILE, ROOT, flags, lora, train
 
 import train_sap_lora_sd3 as sd3
 import train_sap_lora_sd15 as sap
@@ -63,60 +63,14 @@ def test_a_pasted_command_trains_and_says_what_its_anchor_is(sd15, photos, tmp_p
     monkeypatch.chdir(tmp_path)
     shutil.copytree(photos, tmp_path / "dog")
     words = [word for word in shlex.split(COMMANDS["sd15"][1]) if word != "--push_to_hub"]
-    on_a_cpu = [
-        f"--pretrained_model_name_or_path={sd15}",
-        "--resolution=64",
-        "--max_train_steps=2",
-        "--report_to=none",
-    ]
-    train(SCRIPT, [*words, *on_a_cpu, "--mixed_precision=no", "--num_validation_images=1"])
+    on_a_cpu = [f"--pretrained_model_name_or_path={sd15}", "--resolution=64", "--max_train_steps=2",
+                "--report_to=none", "--mixed_precision=no", "--num_validation_images=1"]  # fmt: skip
+    train(SCRIPT, [*words, *on_a_cpu])
     assert lora(tmp_path / "out")
     assert 'Anchor:   "a photo of dog", w = 0.5 (without "sks"; --class_prompt to say it better)' in caplog.text
 
 
-# ---- Folders ----
-
-
-def test_a_finished_lora_is_not_overwritten_by_an_older_run(sd15, photos, tmp_path, caplog):
-    stopped = flags(sd15, photos, tmp_path, "--checkpointing_steps=1", "--seed=5", steps=4)
-    train(SCRIPT, stopped)
-    (tmp_path / sap.FINISHED_FILE).unlink()
-    fresh = flags(sd15, photos, tmp_path, "--checkpointing_steps=10", steps=2)
-    train(SCRIPT, fresh)
-    finished = lora(tmp_path)
-    assert "checkpoint-4 is not of this run" in caplog.text
-    assert {path.name for path in (tmp_path / "earlier-1").glob("checkpoint-*")} == {
-        f"checkpoint-{i}" for i in range(1, 5)
-    }
-    train(SCRIPT, [*fresh, "--resume_from_checkpoint=latest"])
-    assert "holds the finished run of 2 steps: nothing is left" in caplog.text
-    assert_equal(lora(tmp_path), finished)
-
-
-def test_a_checkpoint_beyond_the_last_step_is_never_the_result(sd15, photos, tmp_path):
-    train(SCRIPT, flags(sd15, photos, tmp_path, "--checkpointing_steps=4", steps=4))
-    before = (tmp_path / LORA_FILE).read_bytes()
-    with pytest.raises(sap.UsageError, match="is beyond --max_train_steps 2"):
-        train(SCRIPT, flags(sd15, photos, tmp_path, "--resume_from_checkpoint=checkpoint-4", steps=2))
-    assert (tmp_path / LORA_FILE).read_bytes() == before
-
-
-@pytest.mark.parametrize("below", ["", "out"])
-def test_output_among_the_photos_is_refused(below, photos, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        sap.parse_args(flags("base", photos, photos / below))
-    assert "is in the folder of the photos" in capsys.readouterr().err
-
-
-def test_what_no_user_put_there_is_not_mentioned_and_heic_is_explained(tmp_path, caplog):
-    tiny_pipelines.save_photos(tmp_path, count=1)
-    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._00.jpg", "IMG_1.HEIC", "notes.md"):
-        (tmp_path / name).write_text("x")
-    (tmp_path / ".cache").mkdir()
-    sap.SubjectImages(sap.parse_args(flags("base", tmp_path, "/out")))
-    (line,) = [record.message for record in caplog.records if "skipped" in record.message]
-    assert line.split("skipped: ")[1].split(";")[0] == "IMG_1.HEIC, notes.md"
-    assert "export JPEG, or pip install pillow-heif" in line
+# ---- Photos ----
 
 
 def test_heic_is_read_where_pillow_heif_is_installed(tmp_path, monkeypatch):
@@ -131,14 +85,6 @@ def test_heic_is_read_where_pillow_heif_is_installed(tmp_path, monkeypatch):
 
 
 # ---- Words ----
-
-
-def test_what_teaches_little_and_small_photos_are_told(sd15, photos, tmp_path, caplog):
-    warm_up = ["--lr_scheduler=cosine", "--lr_warmup_steps=2"]
-    train(SCRIPT, flags(sd15, photos, tmp_path / "few", "--resolution=128", *warm_up, steps=2))
-    assert "Each picture is seen 0.4 times; for 100, which is usual: --max_train_steps 500" in caplog.text
-    assert "pictures are smaller than --resolution 128" in caplog.text
-    assert "--lr_warmup_steps 2: the learning rate does not reach its height" in caplog.text
 
 
 def announced(photos: Path, monkeypatch, caplog, count: int, *more: str) -> str:
@@ -193,28 +139,6 @@ def test_a_rate_of_full_dreambooth_is_told(rate, told, photos, caplog):
 def test_a_class_prompt_that_still_names_the_subject_is_warned_of(prompt, photos, caplog):
     sap.warn_about_arguments(sap.parse_args(flags("base", photos, "/out", f"--class_prompt={prompt}")))
     assert "should be --instance_prompt without the word for the subject" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("flag", "like"), [("--clas_prompt=x", "--class_prompt"), ("--lerning_rate=1", "--learning_rate"), ("--zzz", None)]
-)
-def test_a_mistyped_flag_is_answered_with_the_one_that_is_meant(flag, like, photos, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        sap.parse_args(flags("base", photos, "/out", flag))
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert flag in last
-    assert ("did you mean" in last) == (like is not None)
-    assert like is None or f"did you mean {like}?" in last
-
-
-@pytest.mark.parametrize(
-    "flag", ["--train_text_encoder_ti", "--train_text_encoder_frac=0.5", "--token_abstraction=TOK"]
-)
-def test_flags_of_the_advanced_scripts_are_named_as_such(flag, photos, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        sap.parse_args(flags("base", photos, "/out", flag))
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"{flag.split('=')[0]} of diffusers' advanced scripts is not supported; --" in last
 
 
 @pytest.mark.parametrize(

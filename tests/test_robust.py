@@ -181,10 +181,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_explained(sd15, photos, t
     train(SCRIPT, flags(sd15, photos, tmp_path, steps=1))
     before = (tmp_path / LORA_FILE).read_bytes()
     monkeypatch.setattr(sap, "loss_terms", overflowing)
-    arguments = flags(sd15, photos, tmp_path, "--checkpointing_steps=1", steps=5)
+    arguments = flags(sd15, photos, tmp_path, "--checkpointing_steps=1", "--logging_steps=100", steps=5)
     with pytest.raises(sap.RunError) as error:
         train(SCRIPT, arguments)
     (((picture, _),),) = sap.SubjectImages(sap.parse_args(arguments)).draws(0, 1, 3, 4)
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3]
     for part in (
         f"the loss of step 4 is nan, with {picture:02d}.jpg",
         "--learning_rate 0.01",

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What single settings do, by values that are computed by hand or by another library."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from runner import draw, flags, make_run, train
+from runner import draw, flags, make_run, metrics, train
 
 import train_sap_lora_sd15 as sap
 
@@ -16,7 +14,7 @@ SCRIPT = "train_sap_lora_sd15"
 
 def rates(output) -> list[float]:
     """The learning rate of each step of a run."""
-    return [json.loads(line)["lr"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [row["lr"] for row in metrics(output)]
 
 
 def pictures(photos, tmp_path, *more: str) -> sap.SubjectImages:

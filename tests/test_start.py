@@ -2,7 +2,6 @@
 """How a run starts: environment, precision, locks, trackers, several nodes. What cannot work ends in a sentence."""
 
 import errno
-import json
 import os
 import shutil
 import tomllib
@@ -217,6 +216,7 @@ def test_requirements_scripts_and_style_agree_on_python_and_floors():
     assert settings["tool"]["ruff"]["target-version"] == "py311"
     for script in SCRIPTS:
         assert '# requires-python = ">=3.11,<3.14"' in script.read_text(encoding="utf-8")
+    assert hasattr(torch._dynamo.config, "recompile_limit")
     floors = dict(line.split(">=") for line in requirements.splitlines() if line.count(">=") == 1 and ";" not in line)
     assert tuple(map(int, floors["torch"].split("."))) >= (2, 7)  # torch._dynamo.config.recompile_limit
     assert tuple(map(int, floors["peft"].split("."))) >= (0, 20)  # adapters of text encoders in transformers 5.23
@@ -225,24 +225,7 @@ def test_requirements_scripts_and_style_agree_on_python_and_floors():
         assert tuple(map(int, floor.split("."))) <= tuple(map(int, pinned[name].split(".")[: floor.count(".") + 1]))
 
 
-def test_what_torch_needs_for_compiling_is_there():
-    assert hasattr(torch._dynamo.config, "recompile_limit")
-
-
 # ---- Captions ----
-
-
-@pytest.mark.parametrize(
-    ("texts", "word"),
-    [
-        (["a sks dog", "sks in the snow"], "sks"),
-        (["a TOK dog"], "TOK"),
-        (["a sks dog", "an ohwx dog"], None),
-        (["a dog", "desks"], None),
-    ],
-)
-def test_the_customary_word_of_captions(texts, word):
-    assert sap.customary_identifier(texts) == word
 
 
 def test_captions_with_the_customary_word_have_anchors_of_their_own(captioned, caplog):
@@ -256,51 +239,51 @@ def test_captions_with_the_customary_word_have_anchors_of_their_own(captioned, c
     assert set(said.anchor_captions) == {"a photo of a dog"}
 
 
+def changed(captioned, folder, was: str, now: str):
+    """A copy of the photos with one other caption."""
+    shutil.copytree(captioned, folder)
+    text = (folder / "metadata.jsonl").read_text()
+    assert was in text
+    (folder / "metadata.jsonl").write_text(text.replace(was, now))
+    return folder
+
+
+def of_my_dog(folder):
+    """The pictures of a command line on which neither prompt holds an identifier."""
+    arguments = without(flags("base", folder, "/out"), "--class_prompt", "--instance_prompt")
+    return sap.SubjectImages(sap.parse_args([*arguments, "--instance_prompt=my dog"]))
+
+
 def test_an_identifier_that_only_the_captions_hold_is_taken_from_them(captioned, caplog):
     sap.logger.setLevel("INFO")
-    arguments = without(flags("base", captioned, "/out"), "--class_prompt", "--instance_prompt")
-    images = sap.SubjectImages(sap.parse_args([*arguments, "--instance_prompt=my dog"]))
+    images = of_my_dog(captioned)
     assert images.anchor_captions == [caption.replace("sks ", "") for caption in images.captions]
     assert 'the captions without "sks"; --subject_token to say it better' in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("first", "sentence"),
+    ("caption", "sentence"),
     [
         ("my dog on the sofa", 'the caption "my dog on the sofa" does not hold the word "sks"'),
         ("ohwx dog", "the anchor needs a prompt for the class: --class_prompt"),
     ],
 )
-def test_captions_that_do_not_all_hold_it_need_a_class_prompt(first, sentence, captioned, tmp_path):
-    folder = tmp_path / "photos"
-    shutil.copytree(captioned, folder)
-    lines = (folder / "metadata.jsonl").read_text().splitlines()
-    lines[0] = json.dumps(json.loads(lines[0]) | {"text": first})
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    arguments = without(flags("base", folder, "/out"), "--class_prompt", "--instance_prompt")
+def test_captions_that_do_not_all_hold_it_need_a_class_prompt(caption, sentence, captioned, tmp_path):
     with pytest.raises(sap.UsageError, match=sentence):
-        sap.SubjectImages(sap.parse_args([*arguments, "--instance_prompt=my dog"]))
+        of_my_dog(changed(captioned, tmp_path / "photos", "a photo of sks dog", caption))
 
 
 def test_a_caption_without_that_word_keeps_the_class_prompt(captioned, tmp_path):
-    folder = tmp_path / "photos"
-    shutil.copytree(captioned, folder)
-    lines = (folder / "metadata.jsonl").read_text().splitlines()
-    lines[0] = json.dumps(json.loads(lines[0]) | {"text": "desks and a dog"})
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    folder = changed(captioned, tmp_path / "photos", "a photo of sks dog", "desks and a dog")
     images = sap.SubjectImages(sap.parse_args(without(flags("base", folder, "/out"), "--class_prompt")))
     assert images.anchor_captions[:2] == ["a photo of dog", "dog in the snow"]
 
 
 @pytest.mark.parametrize("more", [[], ["--subject_token=sks"]])
 def test_a_caption_whose_anchor_names_nothing_is_refused(more, captioned, tmp_path):
-    folder = tmp_path / "photos"
-    shutil.copytree(captioned, folder)
-    text = (folder / "metadata.jsonl").read_text()
-    (folder / "metadata.jsonl").write_text(text.replace("sks dog in the snow", "a photo of sks in the snow"))
-    arguments = without(flags("base", folder, "/out", *more), "--class_prompt")
+    folder = changed(captioned, tmp_path / "photos", "sks dog in the snow", "a photo of sks in the snow")
     with pytest.raises(sap.UsageError, match="a photo of sks in the snow.*names nothing"):
-        sap.SubjectImages(sap.parse_args(arguments))
+        sap.SubjectImages(sap.parse_args(without(flags("base", folder, "/out", *more), "--class_prompt")))
 
 
 # ---- Memory ----
@@ -313,11 +296,3 @@ def test_gradient_checkpointing_reaches_text_encoders_that_train(script, bases, 
     encoders = run.student.text_encoders.values()
     assert encoders
     assert all(encoder.is_gradient_checkpointing for encoder in encoders)
-
-
-def test_gradient_checkpointing_of_text_encoders_changes_nothing_that_is_trained(sd15, photos, tmp_path):
-    for name, more in (("plain", []), ("checkpointed", ["--gradient_checkpointing"])):
-        train(SCRIPT, flags(sd15, photos, tmp_path / name, "--train_text_encoder", "--lora_dropout=0.2", *more))
-    one, two = lora(tmp_path / "plain"), lora(tmp_path / "checkpointed")
-    assert all(torch.allclose(one[key], two[key], atol=1e-6) for key in one)
-    assert any("text_encoder" in key and tensor.any() for key, tensor in two.items())

@@ -46,61 +46,9 @@ from transformers import (
 
 SIDE = 64  # pixels of a square sample when the caller names no size: sample_size 8 at the VAE's factor 8
 
-WORDS = [
-    "a",
-    "an",
-    "and",
-    "at",
-    "beach",
-    "black",
-    "blue",
-    "brown",
-    "cat",
-    "class",
-    "dog",
-    "drawing",
-    "female",
-    "flower",
-    "forest",
-    "front",
-    "grass",
-    "green",
-    "house",
-    "image",
-    "in",
-    "is",
-    "male",
-    "mountain",
-    "of",
-    "on",
-    "painting",
-    "person",
-    "photo",
-    "picture",
-    "portrait",
-    "purple",
-    "red",
-    "running",
-    "sitting",
-    "sks",
-    "small",
-    "snow",
-    "standing",
-    "star",
-    "teapot",
-    "the",
-    "token",
-    "toy",
-    "tree",
-    "under",
-    "water",
-    "wearing",
-    "white",
-    "wooden",
-    "with",
-    "yellow",
-    "zwx",
-]
+WORDS = """a an and at beach black blue brown cat class dog drawing female flower forest front grass green house image
+    in is male mountain of on painting person photo picture portrait purple red running sitting sks small snow
+    standing star teapot the token toy tree under water wearing white wooden with yellow zwx""".split()
 
 
 @contextlib.contextmanager
@@ -176,7 +124,6 @@ def _clip(tokenizer, hidden_size=32, projection_dim=None, hidden_act="quick_gelu
         projection_dim=projection_dim or hidden_size,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=77,
         hidden_act=hidden_act,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -197,9 +144,7 @@ def _t5(tokenizer, width):
         num_layers=2,
         num_heads=2,
         relative_attention_num_buckets=8,
-        relative_attention_max_distance=32,
         feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -215,11 +160,8 @@ def _vae(**overrides):
         "block_out_channels": (8, 8, 16, 16),
         "down_block_types": ("DownEncoderBlock2D",) * 4,
         "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "layers_per_block": 1,
         "norm_num_groups": 4,
-        "latent_channels": 4,
         "sample_size": SIDE,
-        "scaling_factor": 0.18215,
     }
     vae = AutoencoderKL(**(config | overrides)).eval()
     _calibrate_vae(vae)
@@ -289,9 +231,6 @@ def _transformer(joint_width, pooled_width, dual_attention):
     """Build a two-layer SD3 transformer; with dual attention its first layer has SD3.5-medium's `attn2`."""
     transformer = SD3Transformer2DModel(
         sample_size=SIDE // 8,
-        patch_size=2,
-        in_channels=16,
-        out_channels=16,
         num_layers=2,
         attention_head_dim=16,
         num_attention_heads=2,
@@ -318,7 +257,6 @@ def _set_config(folder, **entries):
 def _diffusion_betas(prediction_type):
     """Return the noise schedule that SD1.5 and SDXL share."""
     return {
-        "num_train_timesteps": 1000,
         "beta_start": 0.00085,
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
@@ -363,39 +301,22 @@ def save_sd15(folder, prediction_type="epsilon", **scheduler_overrides):
 def _sdxl_scheduler(kind, prediction_type, overrides):
     """Build one of the schedulers that SDXL-type repositories carry."""
     if kind == "euler":
-        return EulerDiscreteScheduler(
-            **(_diffusion_betas(prediction_type) | {"timestep_spacing": "leading"} | overrides)
-        )
-    classes = {
-        "edm_euler": EDMEulerScheduler,
-        "edm_dpm": EDMDPMSolverMultistepScheduler,
-        "playground": EDMDPMSolverMultistepScheduler,
-    }
-    settings = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "prediction_type": prediction_type}
-    return classes[kind](**(settings | overrides))
+        settings = _diffusion_betas(prediction_type) | {"timestep_spacing": "leading"}
+        return EulerDiscreteScheduler(**(settings | overrides))
+    edm = {"edm_euler": EDMEulerScheduler, "playground": EDMDPMSolverMultistepScheduler}[kind]
+    return edm(prediction_type=prediction_type, **overrides)
 
 
-def save_sdxl(
-    folder,
-    prediction_type="epsilon",
-    scheduler="euler",
-    latents_statistics=False,
-    vae=None,
-    layers_per_block=1,
-    **scheduler_overrides,
-):
+def save_sdxl(folder, prediction_type="epsilon", scheduler="euler", layers_per_block=1, **scheduler_overrides):
     """Save a StableDiffusionXLPipeline.
 
-    `scheduler` is "euler", "edm_euler", "edm_dpm" or "playground": the last is Playground v2.5, "edm_dpm" and a VAE
-    with scaling factor .5 and latent statistics. `vae` holds overrides for the VAE's configuration. The blocks of the
-    real UNet have two layers, which counts where keys have Stability's names.
+    `scheduler` is "euler", "edm_euler" or "playground": the last is Playground v2.5, whose VAE has latent statistics.
+    The blocks of the real UNet have two layers, which counts where keys have Stability's names.
     """
     vae_config = {"scaling_factor": 0.13025, "force_upcast": True}
     if scheduler == "playground":
-        vae_config["scaling_factor"] = 0.5
-    if latents_statistics or scheduler == "playground":
-        vae_config["latents_mean"] = [-1.6, 1.1, 0.4, 2.2]
-        vae_config["latents_std"] = [8.4, 6.2, 7.3, 5.9]
+        statistics = {"latents_mean": [-1.6, 1.1, 0.4, 2.2], "latents_std": [8.4, 6.2, 7.3, 5.9]}
+        vae_config |= statistics | {"scaling_factor": 0.5}
     widths, projection_dim, time_width = (32, 48), 40, 8
     with _seeded():
         tokenizers = clip_tokenizer(), clip_tokenizer(pad_token="!")
@@ -412,14 +333,13 @@ def save_sdxl(
             projection_class_embeddings_input_dim=projection_dim + 6 * time_width,
         )
         pipeline = StableDiffusionXLPipeline(
-            vae=_vae(**(vae_config | (vae or {}))),
+            vae=_vae(**vae_config),
             text_encoder=_clip(tokenizers[0], widths[0], with_projection=False),
             text_encoder_2=_clip(tokenizers[1], widths[1], projection_dim, hidden_act="gelu"),
             tokenizer=tokenizers[0],
             tokenizer_2=tokenizers[1],
             unet=unet,
             scheduler=_sdxl_scheduler(scheduler, prediction_type, scheduler_overrides),
-            force_zeros_for_empty_prompt=True,
             add_watermarker=False,
         )
     pipeline.save_pretrained(folder)
@@ -428,18 +348,16 @@ def save_sdxl(
     return Path(folder)
 
 
-def save_sd3(folder, t5=True, dual_attention=False, same_clip_class=True, shift=3.0):
+def save_sd3(folder, t5=True, dual_attention=False):
     """Save a StableDiffusion3Pipeline.
 
     `dual_attention` gives SD3.5-medium's layers. Without `t5` the third text encoder and tokenizer are None; diffusers
     then writes model_index.json entries that its own loader refuses unless `text_encoder_3=None, tokenizer_3=None` are
-    passed. Without `same_clip_class` the first text encoder is a plain CLIPTextModel: loading works, the pipeline's
-    `encode_prompt` does not, since it wants two projected embeddings.
+    passed.
     """
     widths, projections, joint_width = (32, 48), (32, 40), 96
     with _seeded():
         tokenizers = clip_tokenizer(), clip_tokenizer(pad_token="!")
-        text_encoder = _clip(tokenizers[0], widths[0], projections[0], with_projection=same_clip_class)
         tokenizer_3 = t5_tokenizer() if t5 else None
         vae = _vae(
             latent_channels=16,
@@ -450,9 +368,9 @@ def save_sd3(folder, t5=True, dual_attention=False, same_clip_class=True, shift=
         )
         pipeline = StableDiffusion3Pipeline(
             transformer=_transformer(joint_width, sum(projections), dual_attention),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             vae=vae,
-            text_encoder=text_encoder,
+            text_encoder=_clip(tokenizers[0], widths[0], projections[0]),
             tokenizer=tokenizers[0],
             text_encoder_2=_clip(tokenizers[1], widths[1], projections[1], hidden_act="gelu"),
             tokenizer_2=tokenizers[1],
@@ -492,18 +410,16 @@ def _photo(index, width, height):
     return picture.clip(0, 255).astype(np.uint8)
 
 
-def save_photos(folder, count=5, size=(72, 64), captions=None, mode="RGB", suffix=None):
+def save_photos(folder, count=5, size=(72, 64), captions=None, suffix=".jpg"):
     """Save `count` distinct pictures of (width, height) `size` as 00.jpg, 01.jpg and so on.
 
-    `mode` is a PIL mode; `suffix` is ".jpg", or ".png" for the modes that JPEG lacks, unless given. `captions` become
-    metadata.jsonl: the first caption goes with 00, and there may be fewer captions than pictures.
+    `captions` become metadata.jsonl: the first caption goes with 00, and there may be fewer captions than pictures.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    suffix = suffix or (".jpg" if mode in ("RGB", "L", "CMYK") else ".png")
     names = [f"{i:02d}{suffix}" for i in range(count)]
     for i, name in enumerate(names):
-        Image.fromarray(_photo(i, *size)).convert(mode).save(folder / name)
+        Image.fromarray(_photo(i, *size)).save(folder / name)
     if captions is not None:
         rows = [json.dumps({"file_name": name, "text": text}) for name, text in zip(names, captions, strict=False)]
         (folder / "metadata.jsonl").write_text("".join(row + "\n" for row in rows))
