@@ -277,19 +277,10 @@ def test_changes_of_the_anchor_are_judged_against_the_line_of_w(scripts):
         put(found, run, 0 if run == "base" else 8, "pres", pres, 0.01)
     share, stronger = report.offers([found]).splitlines()[2:]
     cells = [cell.strip(" *") for cell in share.split("|")]
-    assert cells[2] == "10% of samples see the class prompt" and cells[6] == "50%"
-    assert [cells[i].split(" [")[0] for i in (3, 4, 5)] == [".075", "-.100", "-.300"]
-    assert float(cells[7].split(" [")[0]) == pytest.approx(0.2, abs=0.005)
-    assert [cell.strip() for cell in stronger.split("|")][6:9] == ["100%", "", ""]
-
-
-def test_gains_of_means_alone_have_no_interval(scripts):
-    """The earlier run's means, whose subjects are not known: SDXL's w = 1 lies .049 below the line of rank 2."""
-    report = scripts["tiny_tables"]
-    lines = report.frontier(report.read_means(RESULTS / "earlier_methods.csv"), counts=False).splitlines()
-    assert len(lines) == 2 + 18 and "[" not in "".join(lines)
-    (row,) = [line for line in lines if line.startswith("| SDXL | w = 1 |")]
-    assert row == "| SDXL | w = 1 | .057 | .004 | .032 | -.049 |"
+    assert cells[2:4] == ["w = 0.5", "10% of samples see the class prompt"] and cells[7] == "50%"
+    assert [cells[i].split(" [")[0] for i in (4, 5, 6)] == [".075", "-.100", "-.300"]
+    assert float(cells[8].split(" [")[0]) == pytest.approx(0.2, abs=0.005)
+    assert [cell.strip() for cell in stronger.split("|")][7:10] == ["100%", "", ""]
 
 
 def test_a_gain_is_that_of_the_means_and_not_of_pseudo_values(scripts):
@@ -365,7 +356,7 @@ PAGE = ROOT / "examples" / "RESULTS.md"
 def test_the_results_page_is_what_the_report_makes_of_the_shipped_numbers(scripts):
     report = scripts["tiny_tables"]
     backbones = scripts["tiny_numbers"].read_subjects(RESULTS / "subjects.csv")
-    made = report.tables(backbones, RESULTS / "earlier_methods.csv")
+    made = report.tables(backbones)
     page = PAGE.read_text(encoding="utf-8")
     assert {name for name in made if f"<!-- {name} -->" in page} >= {"class", "frontier", "run"}
     assert report.filled(page, made) == page
