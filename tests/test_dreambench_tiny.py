@@ -362,3 +362,25 @@ def test_the_results_page_is_what_the_report_makes_of_the_shipped_numbers(script
     assert report.filled(page, made) == page
     lines = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
     assert len(set(lines)) == len(lines)  # no row of a table stands twice
+
+
+def column(run: str, steps: str, metric: str) -> dict[str, float]:
+    """A metric of the SD3 type by subject, without the report's code; fidelity is the mean of two columns."""
+    with (RESULTS / "subjects.csv").open(newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["subject"] not in ("star2", "fish2")]
+    own = [row for row in rows if (row["backbone"], row["run"], row["steps"]) == ("sd3", run, steps)]
+    names = ("clip_i", "dino") if metric == "fidelity" else (metric,)
+    return {row["subject"]: sum(float(row[name]) for name in names) / len(names) for row in own}
+
+
+@pytest.mark.parametrize(
+    ("run", "metric"),
+    [("w0-pretrained", "pres"), ("w0.5-pretrained", "fidelity"), ("prior", "clip_t")],
+)
+def test_intervals_of_the_page_can_be_computed_from_the_shipped_numbers(run, metric):
+    values = np.array(list(column(run, "200", metric).values()))
+    count = len(values)
+    reach = {3: 4.3027, 6: 2.5706}[count] * values.std(ddof=1) / count**0.5  # Student's t
+    shown = [f"{number:.3f}" for number in (values.mean(), values.mean() - reach, values.mean() + reach)]
+    mean, low, high = (text.replace("0.", ".", 1) for text in shown)
+    assert f"{mean} [{low}, {high}]" in PAGE.read_text(encoding="utf-8")
