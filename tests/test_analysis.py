@@ -37,11 +37,6 @@ def train(tmp_path_factory, photos):
     return functools.cache(lambda backbone: train_run(backbone, tmp_path_factory.mktemp(backbone), photos))
 
 
-@pytest.fixture(params=list(SCRIPTS))
-def base_and_run(request, train):
-    return train(request.param)
-
-
 @pytest.fixture
 def sd15_run(train):
     return train("sd15")
@@ -135,8 +130,10 @@ def assert_close(row, expected):
     assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
-def test_drift_is_what_the_definition_says(base_and_run, photos, tmp_path):
-    base, run = base_and_run
+@pytest.mark.parametrize("backbone", [*SCRIPTS, "v prediction"])
+def test_drift_is_what_the_definition_says(backbone, train, sd21, photos, tmp_path):
+    base, run = train("sd15" if backbone == "v prediction" else backbone)
+    base = sd21 if backbone == "v prediction" else base
     photo = one_photo(photos, tmp_path / "photo")
     rows = measure(base, photo, tmp_path / "out", f"--run=w = 0={run}", "--anchor_weight=0.25")
     assert [(row["label"], row["step"]) for row in rows] == [("w = 0", 0), ("w = 0", 1), ("w = 0", 2)]
@@ -147,19 +144,12 @@ def test_drift_is_what_the_definition_says(base_and_run, photos, tmp_path):
         assert row["objective"] == pytest.approx(row["reconstruction_mse"] + 0.25 * row["same_mse"])
 
 
-def test_drift_of_a_v_prediction_model(sd21, sd15_run, photos, tmp_path):
-    photo = one_photo(photos, tmp_path / "photo")
-    rows = measure(sd21, photo, tmp_path / "out", f"--run=a={sd15_run[1]}")
-    assert_close(rows[1], by_hand(sd21, photo, sd15_run[1] / "checkpoint-1" / drift.LORA_FILE))
-
-
-def test_other_trainers_files(base_and_run, photos, tmp_path):
-    """kohya's keys and names give the numbers of our own file."""
-    base, run = base_and_run
+@pytest.mark.parametrize("backbone", ["sd15", "sd3"])
+def test_other_trainers_files(backbone, train, photos, tmp_path):
+    """kohya's keys and names give the numbers of our own file; test_clients.py reads SDXL's, which count layers."""
+    base, run = train(backbone)
     (tmp_path / "kohya").mkdir()
-    # SDXL's keys count the layers of the real one, which this small one has not: test_clients.py reads those.
-    counted = (base / "text_encoder_2").exists()
-    file = run / (drift.LORA_FILE if counted else "pytorch_lora_weights_kohya.safetensors")
+    file = run / (drift.LORA_FILE if backbone == "sd3" else "pytorch_lora_weights_kohya.safetensors")
     shutil.copy(file, tmp_path / "kohya" / "dog-step00000002.safetensors")
     shutil.copy(run / drift.LORA_FILE, tmp_path / "kohya" / "dog.safetensors")  # without a step: left out
     rows = measure(base, photos, tmp_path / "out", f"--run=ours={run}", f"--run=kohya={tmp_path / 'kohya'}")
@@ -224,12 +214,11 @@ def test_measured_files_are_not_measured_again(sd15_run, photos, tmp_path, monke
 def test_another_bases_lora_is_a_sentence(sd15_run, photos, tmp_path):
     """Its layers have the names of this base's and other shapes."""
     base, run = sd15_run
-    (tmp_path / "other").mkdir()
     tensors = load_file(run / "checkpoint-1" / drift.LORA_FILE)
     wide = {name: torch.ones(tensor.shape[0], tensor.shape[1] + 8) for name, tensor in tensors.items()}
-    save_file(wide, tmp_path / "other" / "x-1.safetensors")
+    save_file(wide, tmp_path / "x-1.safetensors")
     with pytest.raises(drift.UsageError, match="does not fit the base model"):
-        measure(base, photos, tmp_path / "out", f"--run=a={tmp_path / 'other'}")
+        measure(base, photos, tmp_path / "out", f"--run=a={tmp_path}")
 
 
 def test_seeds_of_a_label_share_a_line(sd15_run, photos, tmp_path):
@@ -253,7 +242,6 @@ def test_seeds_of_a_label_share_a_line(sd15_run, photos, tmp_path):
         (["--run=a={photos}"], "no checkpoint-STEP folder"),
         (["--run=a={run}", "--num_timesteps=0"], "at least 1"),
         (["--run=a={run}", "--class_data_dir={photos}"], "with --anchor_latents class only"),
-        (["--run=a={run}", "--instance_data_dir={run}"], "has no pictures"),
         (["--run=a={run}", "--pretrained_model_name_or_path={photos}"], "cannot be loaded"),
         (["--run=a={broken}"], "cannot be read"),
         (["--run=a={full}"], "has no LoRA layers"),
@@ -265,19 +253,17 @@ def test_seeds_of_a_label_share_a_line(sd15_run, photos, tmp_path):
     ],
 )
 def test_bad_input_gets_one_sentence(sd15_run, photos, tmp_path, capsys, more, message):
-    for name in ("broken", "full", "last", "nan", "pipes"):
-        (tmp_path / name).mkdir()
+    folders = {name: tmp_path / name for name in ("broken", "full", "last", "nan", "pipes")}
+    for folder in folders.values():
+        folder.mkdir()
     os.mkfifo(tmp_path / "pipes" / "0.png")
     save_file({"lora": torch.tensor(float("nan"))}, tmp_path / "nan" / "x-1.safetensors")
     shutil.copy(sd15_run[1] / drift.LORA_FILE, tmp_path / "last")
     (tmp_path / "broken" / "x-1.safetensors").write_bytes(b"no tensors")
     save_file({"conv_in.weight": torch.zeros(1)}, tmp_path / "full" / "x-1.safetensors")
-    folders = {"photos": photos, "run": sd15_run[1], "broken": tmp_path / "broken", "full": tmp_path / "full"}
-    folders |= {name: tmp_path / name for name in ("last", "nan", "pipes")}
-    more = [text.format(**folders) for text in more]
-    with pytest.raises(SystemExit) as stop:
+    more = [text.format(photos=photos, run=sd15_run[1], **folders) for text in more]
+    with pytest.raises(SystemExit, match="2"):
         drift.parse_args(command(sd15_run[0], photos, tmp_path / "out", *more))
-    assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
 
@@ -365,32 +351,31 @@ def test_interval_of_a_mean():
     assert tradeoff.interval(np.array([[1.0, np.nan], [np.nan, 3.0]]), 200, 0)[0] == 2
 
 
-def test_a_baseline_from_a_folder_stands_beside_the_curve(tmp_path):
+def test_scores_of_evaluate_are_read_and_a_baseline_from_a_folder_stands_beside_the_curve(tmp_path):
     """As examples/dreambench documents it: pictures of others with a manifest of one line."""
-    data = ROOT / "examples" / "tiny_world" / "dataset"
+    world = ROOT / "examples" / "tiny_world"
     readme = (ROOT / "examples" / "dreambench" / "README.md").read_text()
-    (line,) = [
+    tags = {name: f'{{"tags": {{"backbone": "sd15", "w": {w}}}}}' for name, w in (("w0", 0), ("sap", 0.5))}
+    (tags["SuDe"],) = [
         line.split("'")[1] for line in readme.splitlines() if line.strip().endswith("> images/SuDe/manifest.json")
     ]
-    for name, tags in (("SuDe", line), ("w0", '{"tags": {"backbone": "sd15", "w": 0}}')):
+    for number, (name, manifest) in enumerate(tags.items()):
         pictures = tmp_path / "images" / name / "ball" / "0"
         pictures.mkdir(parents=True)
-        shutil.copy(data / "ball" / "00.png", pictures / "0.png")
-        (pictures.parents[1] / "manifest.json").write_text(tags)
-    score(tmp_path, data)
+        shutil.copy(world / "dataset" / "ball" / f"0{number}.png", pictures / "0.png")
+        (pictures.parents[1] / "manifest.json").write_text(manifest)
+    paths = [f"--images_dir={tmp_path / 'images'}", f"--data_dir={world / 'dataset'}", f"--output_dir={tmp_path}"]
+    runner.reset()
+    evaluate.main(evaluate.parse_args([*paths, f"--clip_model={world / 'clip'}", f"--dino_model={world / 'vit'}"]))
+    scored = json.loads((tmp_path / "scores.json").read_text())["methods"]
     rows = plot(tmp_path / "out", tmp_path / "scores.json")
     assert [(row["backbone"], row["kind"], row["label"]) for row in rows] == [
         ("sd15", "curve", "w = 0"),
+        ("sd15", "curve", "w = 0.5"),
         ("sd15", "reference", "SuDe"),
     ]
-
-
-def score(folder, data):
-    """Run evaluate.py with the tiny world's models on FOLDER/images."""
-    world = ROOT / "examples" / "tiny_world"
-    paths = [f"--images_dir={folder / 'images'}", f"--data_dir={data}", f"--output_dir={folder}"]
-    runner.reset()
-    evaluate.main(evaluate.parse_args([*paths, f"--clip_model={world / 'clip'}", f"--dino_model={world / 'vit'}"]))
+    for row, name in zip(rows, ("w0", "sap", "SuDe"), strict=True):
+        assert row["clip_i"] == pytest.approx(scored[name]["clip_i"]["mean"], abs=1e-5)
 
 
 def test_tick_labels_do_not_overlap():
@@ -412,22 +397,6 @@ def test_no_figure_6_without_both_anchors(tmp_path, capsys):
     assert "no Figure 6" in capsys.readouterr().err
 
 
-def test_scores_of_evaluate_are_read(tmp_path):
-    """From pictures to the figure, with the tiny world's metric models."""
-    examples = ROOT / "examples"
-    data = examples / "tiny_world" / "dataset"
-    for name, w in (("plain", 0), ("sap", 0.5)):
-        pictures = tmp_path / "images" / name / "ball" / "0"
-        pictures.mkdir(parents=True)
-        shutil.copy(data / "ball" / f"0{2 * w:.0f}.png", pictures / "0.png")
-        (pictures.parents[1] / "manifest.json").write_text(json.dumps({"tags": {"backbone": "sd15", "w": w}}))
-    score(tmp_path, data)
-    scored = json.loads((tmp_path / "scores.json").read_text())["methods"]
-    rows = plot(tmp_path / "out", tmp_path / "scores.json")
-    assert [row["label"] for row in rows] == ["w = 0", "w = 0.5"]
-    assert rows[1]["clip_i"] == pytest.approx(scored["sap"]["clip_i"]["mean"], abs=1e-5)
-
-
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
@@ -446,7 +415,6 @@ def test_scores_that_cannot_be_used(tmp_path, capsys, first, second, message):
         files.append(write_scores(tmp_path, {"b": method(0, w=0)}, {"clip_model": "another"}))
     elif second:
         files.append(write_scores(tmp_path, second))
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="2"):
         tradeoff.parse_args(["--scores", *map(str, files), f"--output_dir={tmp_path / 'out'}"])
-    assert stop.value.code == 2
     assert message in capsys.readouterr().err

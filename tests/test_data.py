@@ -491,6 +491,7 @@ def test_a_picture_that_goes_bad_in_training_ends_the_run(threads, sd15, photos,
     more = [f"--dataloader_num_workers={threads}", "--anchor_batch_size=1"]
     with pytest.raises(sap.RunError, match="it is gone: stopped after step .* of 9. To go on") as ended:
         train("train_sap_lora_sd15", without(flags(sd15, photos, tmp_path, *more, steps=9), "--center_crop"))
+    assert ended.value.status == 1
     (checkpoint,) = sap.list_checkpoints(tmp_path)  # what was trained is kept
     assert f"after step {checkpoint.name.removeprefix('checkpoint-')} of" in str(ended.value)
     assert_equal(lora(tmp_path), lora(checkpoint))

@@ -5,6 +5,7 @@ import csv
 import importlib
 import json
 import runpy
+import shutil
 import sys
 
 import numpy as np
@@ -70,14 +71,12 @@ def test_rates_are_chosen_on_subjects_that_are_not_scored(scripts, args, monkeyp
 
 
 def test_the_best_rate_is_told_to_the_report(scripts, tmp_path, monkeypatch):
-    tiny, report = scripts["tiny_experiments"], scripts["tiny_tables"]
+    tiny, numbers = scripts["tiny_experiments"], scripts["tiny_numbers"]
     args = tiny.parse_args(["--backbone=sd15", f"--output_dir={tmp_path}", "--seeds", "0"])
     with pytest.raises(ValueError, match="run the parts core and rates before"):
         tiny.best_rates(args)
-    monkeypatch.setattr(
-        tiny, "score", lambda args, methods: {method: {"subjects": scores[method]} for method in methods}
-    )
-    scores, found = {}, scripts["tiny_numbers"].Found("sd15")
+    scores, found = {}, numbers.Found("sd15")
+    monkeypatch.setattr(tiny, "score", lambda args, methods: {name: {"subjects": scores[name]} for name in methods})
     for run, fidelity in ((tiny.SAP, 0.5), (tiny.PRIOR, 0.4)):
         for rate, alignment in zip(tiny.RATES, (0.1, 0.2, 0.3 if run == tiny.SAP else 0.1), strict=True):
             name = tiny.method_name(args, tiny.at_rate(run, rate), 0, args.steps)
@@ -88,10 +87,9 @@ def test_the_best_rate_is_told_to_the_report(scripts, tmp_path, monkeypatch):
                     for metric, value in (("clip_t", alignment), ("fidelity", fidelity)):
                         found.put(tiny.at_rate(run, rate), step, metric, (subject, 0), value)
     assert tiny.best_rates(args) == {tiny.SAP: 2 * tiny.RATE, tiny.PRIOR: tiny.RATE}
-    told = report.budget([found])
-    assert (
-        "| .100 [.100, .100] | .100 [.100, .100] |  |  | 6 of 6 |" in told
-    )  # the two that were tuned on are left out
+    told = scripts["tiny_tables"].budget([found])
+    # The two that were tuned on are left out.
+    assert "| .100 [.100, .100] | .100 [.100, .100] |  |  | 6 of 6 |" in told
     assert "w = 0.5 0.600 at 0.001, 0.700 at 0.002, 0.800 at 0.004, taken is 0.004" in told
 
 
@@ -110,15 +108,13 @@ def test_masks_cover_the_thing_and_nothing_else(scripts, args):
 
 
 def test_a_dataset_that_the_world_did_not_draw_has_no_masks(scripts, tmp_path, capsys, monkeypatch):
-    world = tmp_path / "world"
-    (world / "dataset" / "ball").mkdir(parents=True)
-    (world / "dataset" / "prompts_and_classes.txt").write_bytes(
-        (WORLD / "dataset" / "prompts_and_classes.txt").read_bytes()
-    )
+    dataset = tmp_path / "dataset"
+    (dataset / "ball").mkdir(parents=True)
+    shutil.copy(WORLD / "dataset" / "prompts_and_classes.txt", dataset)
     for number in range(5):
-        Image.new("RGB", (64, 64)).save(world / "dataset" / "ball" / f"{number:02}.png")
+        Image.new("RGB", (64, 64)).save(dataset / "ball" / f"{number:02}.png")
     script = FOLDER / "tiny_experiments.py"
-    arguments = ["--backbone=sd15", f"--output_dir={tmp_path / 'out'}", f"--world={world}"]
+    arguments = ["--backbone=sd15", f"--output_dir={tmp_path / 'out'}", f"--world={tmp_path}"]
     monkeypatch.setattr(sys, "argv", [str(script), *arguments])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(script), run_name="__main__")
@@ -177,19 +173,12 @@ def test_the_whole_way_in_miniature(scripts, tmp_path, monkeypatch):
 # --- The report's numbers -----------------------------------------------------------------------------------------
 
 
-def pairs(values, seeds=1):
-    return {(f"s{i}", seed): value for i, value in enumerate(values) for seed in range(seeds)}
-
-
-def test_an_interval_is_students(scripts):
-    one = scripts["tiny_numbers"].estimate(pairs([1.0, 2.0, 3.0, 6.0]))
+def test_an_interval_is_students_over_subjects_whose_seeds_are_averaged(scripts):
+    numbers = scripts["tiny_numbers"]
+    one = numbers.estimate({(f"s{i}", 0): value for i, value in enumerate([1.0, 2.0, 3.0, 6.0])})
     assert (one.value, one.subjects, one.pairs) == (3.0, 4, 4)
     reach = 3.182 * np.std([1, 2, 3, 6], ddof=1) / 2
     assert (one.low, one.high) == pytest.approx((3 - reach, 3 + reach))
-
-
-def test_seeds_are_averaged_within_subjects_and_pairs_must_be_common(scripts):
-    numbers = scripts["tiny_numbers"]
     values = {("a", 0): 1.0, ("a", 1): 3.0, ("b", 0): 5.0}
     assert numbers.estimate(values).value == pytest.approx(3.5)
     assert numbers.estimate(values).count() == "3 of 2"  # pairs, not subjects times seeds
@@ -221,11 +210,15 @@ def found_of(scripts, **runs):
     for name, (alignment, fidelity) in runs.items():
         run, _, step = name.partition("_")
         run = {"w0": report.W0, "sap": report.SAP, "w1": report.W1}.get(run, run)
-        for subject in range(3):
-            for metric, value in (("clip_t", alignment), ("fidelity", fidelity)):
-                place = (run, int(step or (0 if run == "base" else 8)))
-                found.put(*place, metric, (f"s{subject}", 0), value + 0.001 * subject)
+        for metric, value in (("clip_t", alignment), ("fidelity", fidelity)):
+            put(found, run, int(step or (0 if run == "base" else 8)), metric, value, 0.001)
     return found
+
+
+def put(found, run, step, metric, value, apart=0.0):
+    """A number of three subjects, which differ by `apart`."""
+    for subject in range(3):
+        found.put(run, step, metric, (f"s{subject}", 0), value + apart * subject)
 
 
 def test_verdicts(scripts):
@@ -245,14 +238,11 @@ def test_what_needs_an_identifier_is_judged_where_one_means_something(scripts):
     claim = report.Tendency("", "clip_t", 1, ((report.SAP, report.PRIOR),), of_identifiers=True)
     found = found_of(scripts, w0=(0.1, 0), w0_4=(0.1, 0), sap=(0.3, 0), prior=(0.1, 0))
     assert report.judge(claim, found)[0] == "untestable here"  # PRES was not measured
-    places = ((report.W0, 4, 0.25), (report.W0, 8, 0.0), (report.PRIOR, 8, 0.15))
-    for run, step, apart in places:
-        for subject in range(3):
-            found.put(run, step, "dino", (f"s{subject}", 0), 0.5)
-            found.put(run, step, "pres", (f"s{subject}", 0), 0.5 - apart)
+    for run, step, apart in ((report.W0, 4, 0.25), (report.W0, 8, 0.0), (report.PRIOR, 8, 0.15)):
+        put(found, run, step, "dino", 0.5)
+        put(found, run, step, "pres", 0.5 - apart)
     assert report.judge(claim, found)[0] == "untestable here"
-    for subject in range(3):
-        found.put(report.PRIOR, 8, "pres", (f"s{subject}", 0), 0.2)
+    put(found, report.PRIOR, 8, "pres", 0.2)
     assert report.judge(claim, found)[0] == "holds"
 
 
@@ -284,23 +274,13 @@ def test_changes_of_the_anchor_are_judged_against_the_line_of_w(scripts):
     curve = {"base": (0.8, 0.1), "w1": (0.7, 0.2), "sap": (0.6, 0.6), "w0": (0.5, 0.7)}
     found = found_of(scripts, **curve, **{"share0.1": (0.675, 0.5)})
     for run, pres in (("base", 0.1), (report.SAP, 0.7), (report.W1, 0.1), ("share0.1", 0.4)):
-        for subject in range(3):
-            found.put(run, 0 if run == "base" else 8, "pres", (f"s{subject}", 0), pres + 0.01 * subject)
+        put(found, run, 0 if run == "base" else 8, "pres", pres, 0.01)
     share, stronger = report.offers([found]).splitlines()[2:]
     cells = [cell.strip(" *") for cell in share.split("|")]
-    assert cells[2] == "10% of samples see the class prompt" and cells[6] == "50%"
-    assert [cells[i].split(" [")[0] for i in (3, 4, 5)] == [".075", "-.100", "-.300"]
-    assert float(cells[7].split(" [")[0]) == pytest.approx(0.2, abs=0.005)
-    assert [cell.strip() for cell in stronger.split("|")][6:9] == ["100%", "", ""]
-
-
-def test_gains_of_means_alone_have_no_interval(scripts, tmp_path):
-    """The earlier run's means, whose subjects are not known: SDXL's w = 1 lies .049 below the line of rank 2."""
-    report = scripts["tiny_tables"]
-    lines = report.frontier(report.read_means(RESULTS / "earlier_methods.csv"), counts=False).splitlines()
-    assert len(lines) == 2 + 18 and "[" not in "".join(lines)
-    (row,) = [line for line in lines if line.startswith("| SDXL | w = 1 |")]
-    assert row == "| SDXL | w = 1 | .057 | .004 | .032 | -.049 |"
+    assert cells[2:4] == ["w = 0.5", "10% of samples see the class prompt"] and cells[7] == "50%"
+    assert [cells[i].split(" [")[0] for i in (4, 5, 6)] == [".075", "-.100", "-.300"]
+    assert float(cells[8].split(" [")[0]) == pytest.approx(0.2, abs=0.005)
+    assert [cell.strip() for cell in stronger.split("|")][7:10] == ["100%", "", ""]
 
 
 def test_a_gain_is_that_of_the_means_and_not_of_pseudo_values(scripts):
@@ -328,8 +308,7 @@ def test_what_masks_change_is_said_beside_the_leaks(scripts):
     masked = f"{report.SAP}-masked"
     found = found_of(scripts, base_0=(0.8, 0.1), w0=(0.6, 0.6), sap=(0.65, 0.5), **{masked: (0.65, 0.6)})
     for run, leak in ((report.BASE, 0.25), (report.W0, 1.0), (report.SAP, 0.75), (masked, 0.5)):
-        for subject in range(3):
-            found.put(run, 0 if run == report.BASE else 8, "leak", (f"s{subject}", 0), leak)
+        put(found, run, 0 if run == report.BASE else 8, "leak", leak)
     row = next(line for line in report.masks([found]).splitlines() if "w = 0.5" in line)
     assert row.startswith("| SD1.5 | w = 0.5 | .250 | 1.000 | .750 | .500 | **-.250 [-.250, -.250]** | .000 ")
     assert row.endswith("| **.100 [.100, .100]** | 3 of 3 |")
@@ -377,7 +356,7 @@ PAGE = ROOT / "examples" / "RESULTS.md"
 def test_the_results_page_is_what_the_report_makes_of_the_shipped_numbers(scripts):
     report = scripts["tiny_tables"]
     backbones = scripts["tiny_numbers"].read_subjects(RESULTS / "subjects.csv")
-    made = report.tables(backbones, RESULTS / "earlier_methods.csv")
+    made = report.tables(backbones)
     page = PAGE.read_text(encoding="utf-8")
     assert {name for name in made if f"<!-- {name} -->" in page} >= {"class", "frontier", "run"}
     assert report.filled(page, made) == page

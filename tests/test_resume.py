@@ -3,6 +3,7 @@
 
 import importlib
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -147,7 +148,7 @@ def test_a_checkpoint_that_is_not_there_is_named(value, stopped, go_on):
 
 @pytest.mark.parametrize(("limit", "kept"), [(1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])])
 def test_old_checkpoints_go_and_other_folders_stay(limit, kept, sd15, photos, tmp_path):
-    others = {"checkpoints_old", "checkpoint-best"}
+    others = {"checkpoints_old", "checkpoint-best", "checkpoint-²", "checkpoint-007", "checkpoint-0"}
     for name in others:
         (tmp_path / name).mkdir()
         (tmp_path / name / sap.STATE_FILE).write_text("{}")
@@ -388,12 +389,21 @@ def test_a_record_that_does_not_fit_is_refused(change, more, words, stopped, go_
 
 
 EDITED = [{"run": None}, {"run": "a word"}, {"run": []}, {"seed": "a word"}, {"seed": -1}, {"seed": 2**70},
-          {"seed": True}, {"global_step": 0}, {"files": {"../../notes.txt": "0"}}, {"files": ["x"]}]  # fmt: skip
+          {"seed": True}, {"global_step": 0}, {"global_step": -3}, {"global_step": 1e30},
+          {"files": {"../../notes.txt": "0"}}, {"files": ["x"]}, "[" * 100000, "7", "{}", "\x00",
+          "a pipe"]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", EDITED)
+@pytest.mark.parametrize("change", EDITED, ids=lambda change: str(change)[:20])
 def test_a_record_that_no_run_writes_is_none(change, stopped, go_on):
-    change_state(stopped / "checkpoint-2", lambda state: state.update(change))
+    record = stopped / "checkpoint-2" / sap.STATE_FILE
+    if change == "a pipe":
+        record.unlink()
+        os.mkfifo(record)
+    elif isinstance(change, str):
+        record.write_text(change)
+    else:
+        change_state(record.parent, lambda state: state.update(change))
     with pytest.raises(sap.UsageError, match="no complete checkpoint"):
         go_on("--resume_from_checkpoint=checkpoint-2", leave_out=["--seed"])
 

@@ -12,37 +12,11 @@ import train_sap_lora_sd15 as sap
 SCRIPT = "train_sap_lora_sd15"
 
 
-def rates(output) -> list[float]:
-    """The learning rate of each step of a run."""
-    return [row["lr"] for row in metrics(output)]
-
-
 def pictures(photos, tmp_path, *more: str) -> sap.SubjectImages:
     return sap.SubjectImages(sap.parse_args(flags("base", photos, tmp_path / "out", *more)))
 
 
-# ---- What is predicted, and when ----
-
-
-@pytest.mark.parametrize(("base", "predicts_v"), [("sd15", False), ("sd21", True)])
-def test_the_target_is_the_noise_or_v_of_the_noised_latents(base, predicts_v, request, photos, tmp_path):
-    run = make_run(SCRIPT, flags(request.getfixturevalue(base), photos, tmp_path))[1]
-    latents = torch.randn(3, 4, 8, 8)
-    noise = torch.randn(3, 4, 8, 8)
-    fields = sap.diffuse(run, latents, noise, sap.keyed_generator("here"))
-    config = run.scheduler.config
-    betas = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_train_timesteps) ** 2
-    if config.beta_schedule == "linear":
-        betas = np.linspace(config.beta_start, config.beta_end, config.num_train_timesteps)
-    kept = np.cumprod(1 - betas)
-    if config.rescale_betas_zero_snr:  # arXiv 2305.08891: the roots are shifted and scaled so that the last one is 0
-        roots = np.sqrt(kept)
-        kept = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
-    alpha = torch.tensor(np.sqrt(kept), dtype=torch.float32)[fields["timesteps"]][:, None, None, None]
-    sigma = torch.tensor(np.sqrt(1 - kept), dtype=torch.float32)[fields["timesteps"]][:, None, None, None]
-    expected = alpha * noise - sigma * latents if predicts_v else noise
-    assert torch.allclose(fields["target"], expected, atol=1e-4)
-    assert torch.allclose(fields["model_input"], alpha * latents + sigma * noise, atol=1e-4)
+# ---- When ----
 
 
 @pytest.mark.parametrize("script", ["train_sap_lora_sd15", "train_sap_lora_sdxl", "train_sap_lora_sd3"])
@@ -79,16 +53,19 @@ def test_adams_settings_reach_it(sd15, photos, tmp_path):
         assert torch.equal(mine, theirs)
 
 
-def test_scale_lr_multiplies_by_accumulation_and_batch(sd15, photos, tmp_path):
-    more = ["--scale_lr", "--train_batch_size=2", "--gradient_accumulation_steps=3"]
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--scale_lr", "--train_batch_size=2", "--gradient_accumulation_steps=3"], [6e-2, 6e-2]),
+        (
+            ["--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=4", "--max_train_steps=6"],
+            [0, 0.25e-2, 0.5e-2, 0.75e-2, 1e-2, 1e-2],
+        ),
+    ],
+)
+def test_the_rate_is_scaled_and_warms_up(more, expected, sd15, photos, tmp_path):
     train(SCRIPT, flags(sd15, photos, tmp_path, *more))
-    assert rates(tmp_path) == pytest.approx([6e-2, 6e-2])
-
-
-def test_warm_up_rises_to_the_rate_in_so_many_steps(sd15, photos, tmp_path):
-    more = ["--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=4"]
-    train(SCRIPT, flags(sd15, photos, tmp_path, *more, steps=6))
-    assert rates(tmp_path) == pytest.approx([0, 0.25e-2, 0.5e-2, 0.75e-2, 1e-2, 1e-2])
+    assert [row["lr"] for row in metrics(tmp_path)] == pytest.approx(expected)
 
 
 # ---- Pictures ----

@@ -5,13 +5,12 @@ import errno
 import os
 import shutil
 import tomllib
-import types
 
 import pytest
 import torch
 from copies import ROOT, SCRIPTS
 from filelock import FileLock, UnixFileLock
-from runner import flags, lora, make_run, reset, train, without
+from runner import flags, make_run, reset, train, without
 
 import train_sap_lora_sd15 as sap
 
@@ -48,23 +47,6 @@ def test_an_environment_that_cannot_work_ends_in_a_sentence(
     monkeypatch.setenv(name, value)
     with pytest.raises(sap.UsageError, match=says):
         train(SCRIPT, flags(sd15, photos, tmp_path))
-
-
-@pytest.mark.parametrize("precision", ["fp8", "fp32"])
-def test_only_three_precisions_are_taken_wherever_they_come_from(precision, photos, tmp_path, monkeypatch):
-    found = types.SimpleNamespace(
-        distributed_type=types.SimpleNamespace(value="NO"), mixed_precision=precision, is_main_process=True
-    )
-    monkeypatch.setattr(sap, "Accelerator", lambda **_: found)
-    with pytest.raises(sap.UsageError, match=f"--mixed_precision no, fp16 or bf16, not {precision}"):
-        sap.start_accelerator(sap.parse_args(flags("base", photos, tmp_path / "out")))
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_launchers_dynamo_backend_is_not_read(sd15, photos, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "rubbish")
-    train(SCRIPT, flags(sd15, photos, tmp_path, steps=1))
-    assert lora(tmp_path)
 
 
 def test_compiling_without_a_compiler_is_refused(photos, tmp_path, monkeypatch, capsys):
@@ -131,13 +113,6 @@ def test_a_file_system_without_locks_is_told_and_the_run_goes_on(number, when, t
 # ---- Trackers ----
 
 
-def tracker_that_raises(error: Exception):
-    def start(self, project, config=None, **_):
-        raise error
-
-    return start
-
-
 def errors_of_trackers() -> list[Exception]:
     """What TensorBoard raises beside another protobuf, and wandb without a login."""
     wandb_errors = pytest.importorskip("wandb.errors")
@@ -154,8 +129,10 @@ def errors_of_trackers() -> list[Exception]:
 def test_a_tracker_that_cannot_start_ends_in_a_sentence_before_models_are_loaded(
     number, report_to, sd15, photos, tmp_path, monkeypatch, nothing_loads
 ):
-    error = errors_of_trackers()[number]
-    monkeypatch.setattr(sap.Accelerator, "init_trackers", tracker_that_raises(error))
+    def start(self, project, config=None, **_):
+        raise errors_of_trackers()[number]
+
+    monkeypatch.setattr(sap.Accelerator, "init_trackers", start)
     with pytest.raises(
         sap.UsageError, match=f"--report_to {report_to} cannot start, mend it or pass --report_to none"
     ):

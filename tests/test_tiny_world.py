@@ -2,15 +2,14 @@
 """The tiny world: drawing is deterministic, the shipped pipelines sample, and the anchor does there what it should."""
 
 import argparse
-import hashlib
-import pathlib
 import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from runner import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 WORLD = ROOT / "examples" / "tiny_world"
 sys.path.insert(0, str(WORLD))
 
@@ -149,8 +148,6 @@ def test_the_gates_of_words_see_what_is_wrong(monkeypatch):
 
 
 def test_the_shipped_references_are_the_drawn_ones():
-    from PIL import Image
-
     for subject in world.SUBJECTS:
         for number, drawn in enumerate(world.references(subject)):
             shipped = np.asarray(Image.open(WORLD / "dataset" / subject / f"{number:02d}.png"))
@@ -183,7 +180,7 @@ def test_shipped_pipelines_sample(part):
     ]
     assert all(image.size == (64, 64) for image in images)
     assert np.asarray(images[0]).std() > 10
-    assert hashlib.sha256(images[0].tobytes()).digest() != hashlib.sha256(images[1].tobytes()).digest()
+    assert images[0] != images[1]
 
 
 @pytest.fixture(scope="module")

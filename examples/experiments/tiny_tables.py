@@ -13,7 +13,8 @@
     offers       samples that see the class prompt, and anchors whose weight follows the noise, against w = 0.5
 
 A table stands between the lines <!-- NAME --> and <!-- end of NAME -->. A number is a mean over subjects, of means
-over seeds; the last column counts trainings and subjects. The subjects on which rates were chosen are in no table.
+over seeds; the last column counts trainings and subjects. The subjects on which rates were chosen are in no table
+but that of the offers, none of which has a rate of its own.
 Brackets are 95 % t intervals over subjects, in the frontier those of a bootstrap. Differences are paired by subject
 and seed. "Holds" and "does not" need intervals without zero. Fidelity is the mean of CLIP-I and DINO, alignment is
 CLIP-T.
@@ -329,7 +330,7 @@ def tables(backbones: list[Found]) -> dict[str, str]:
         "budget": budget(backbones),
         "masks": masks(scored),
         "neighbours": neighbour_rows(scored),
-        "offers": offers(scored),
+        "offers": offers(backbones),
     }
 
 

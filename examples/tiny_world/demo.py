@@ -43,6 +43,7 @@ TRAINING = {
     "sdxl": {"max_train_steps": 500, "learning_rate": 2e-3},
     "sd3": {"max_train_steps": 450, "learning_rate": 2.5e-3},
 }
+SHOWN_SCENES = 3  # in the picture of several cases
 SHARED = {"resolution": world.SIZE, "train_batch_size": 4, "rank": 16, "checkpointing_steps": 100000}
 
 
@@ -215,26 +216,35 @@ def draw_curves(args: argparse.Namespace) -> dict[str, float]:
 
 
 def draw_all(args: argparse.Namespace, found: dict[tuple[str, int], dict[str, list[np.ndarray]]]) -> None:
-    """grid.png of several cases: a row for each model of each case, a reference of its subject at the first one."""
-    titles = [prompt.split("{} ")[1] for prompt in new_scenes(cases(args)[0])]
-    lines = [(case, name) for case, rows in found.items() for name in rows if name.startswith(("base", *WEIGHTS))]
-    columns = max(len(rows) for case in found.values() for rows in case.values())
-    figure, axes = plt.subplots(len(lines), columns + 1, figsize=(1.3 * columns + 3, 1.15 * len(lines)))
+    """grid.png of several cases: below each other the subjects and their models, side by side the seeds.
+
+    Of each case the first SHOWN_SCENES scenes are shown; the first column has the subject's photos.
+    """
+    lines = [(subject, name) for subject in args.subjects for name in found[subject, args.seeds[0]]]
+    columns = 1 + SHOWN_SCENES * len(args.seeds)
+    figure, axes = plt.subplots(len(lines), columns, figsize=(1.25 * columns + 1.6, 1.3 * len(lines)))
     for axis in axes.flat:
         axis.set_axis_off()
-    for place, ((subject, seed), name) in enumerate(lines):
+    for (subject, name), row in zip(lines, axes, strict=True):
         case = argparse.Namespace(**vars(args) | {"subject": subject})
-        if name.startswith("base"):
-            axes[place, 0].imshow(references(case)[0], interpolation="nearest")
-        label = f"{subject}, seed {seed}\n{name}"
-        axes[place, 0].text(-0.1, 0.5, label, transform=axes[place, 0].transAxes, ha="right", va="center", fontsize=8)
-        for column, images in enumerate(found[subject, seed][name]):
-            axes[place, column + 1].imshow(images[0], interpolation="nearest")
-            scene = list(new_scenes(case))[column].split("{} ")[1]
-            if scene not in titles or place == 0 or name.startswith("base"):
-                axes[place, column + 1].set_title(scene, fontsize=7, pad=2)
-    figure.subplots_adjust(left=0.2, right=0.995, top=0.985, bottom=0.005, wspace=0.04, hspace=0.12)
-    figure.savefig(args.out / "grid.png", dpi=110)
+        models = [model for one, model in lines if one == subject]
+        photos = references(case)
+        row[0].imshow(photos[models.index(name) % len(photos)], interpolation="nearest")
+        label = name.replace("class", f'"a {world.SUBJECTS[subject].class_name}"')
+        row[0].text(-0.1, 0.5, label, transform=row[0].transAxes, ha="right", va="center", fontsize=8)
+        if name == models[0]:
+            row[0].set_title("photos", fontsize=8, pad=2)
+        for place, seed in enumerate(args.seeds):
+            start = 1 + SHOWN_SCENES * place
+            for axis, images, prompt in zip(row[start:], found[subject, seed][name], new_scenes(case), strict=False):
+                axis.imshow(images[0], interpolation="nearest")
+                if name == models[0]:
+                    of_seed = f"seed {seed}\n" if subject == args.subjects[0] else ""
+                    axis.set_title(of_seed + prompt.split("{} ")[1], fontsize=7, pad=2)
+    figure.subplots_adjust(
+        left=1.4 / figure.get_figwidth(), right=0.995, top=0.98, bottom=0.005, wspace=0.05, hspace=0.12
+    )
+    figure.savefig(args.out / "grid.png", dpi=90)
 
 
 def print_table(rows: dict[str, tuple], drift: dict[str, float]) -> None:
