@@ -13,6 +13,7 @@ subjects or seeds each has a folder of its own there, grid.png shows all of them
 
 import argparse
 import json
+import logging
 import os
 import pathlib
 import shlex
@@ -244,7 +245,7 @@ def draw_all(args: argparse.Namespace, found: dict[tuple[str, int], dict[str, li
     figure.subplots_adjust(
         left=1.4 / figure.get_figwidth(), right=0.995, top=0.98, bottom=0.005, wspace=0.05, hspace=0.12
     )
-    figure.savefig(args.out / "grid.png", dpi=90)
+    figure.savefig(args.out / "grid.png", dpi=64)
 
 
 def print_table(rows: dict[str, tuple], drift: dict[str, float]) -> None:
@@ -263,6 +264,7 @@ def personalise(args: argparse.Namespace) -> tuple[dict[str, list[np.ndarray]], 
     train_loras(args)
     pipeline = gates.PIPELINES[args.backbone].from_pretrained(args.models / args.backbone)
     pipeline.set_progress_bar_config(disable=True)
+    logging.getLogger("diffusers.loaders.lora_base").setLevel(logging.ERROR)  # no text encoder was trained
     print("\nsampling", flush=True)
     rows = {"base model, class": sample(args, pipeline, f"a {kind}")}
     for name in WEIGHTS:
