@@ -97,6 +97,7 @@ def test_losses_fetched_late_are_those_of_each_step(script, bases, photos, tmp_p
     for name, more in (("a", []), ("b", ["--logging_steps=3"])):
         train(script, without_pictures(bases[script], photos, tmp_path / name, accumulate, *more, steps=5))
     assert [row["step"] for row in rows] == 2 * [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows if row.pop("seconds_per_step", 0) > 0] == [5, 5]
     assert rows[:5] == rows[5:]
     assert_equal(lora(tmp_path / "a"), lora(tmp_path / "b"))
 
