@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo [BACKBONE=sd15|sdxl|sd3]: train on the tiny world; make test: the tests, 6 minutes on 2 quiet cores;
-# make test-slow: 8 minutes more of full-size memory, repeated kills and random flags; make lint: style;
+# make test-slow: a quarter of an hour more of full-size memory, repeated kills and random flags; make lint: style;
 # make copies: bring what the scripts share from train_sap_lora_sd15.py to the others; make docs: docs/flags.md.
 PYTHON ?= python3
 VENV ?= .venv

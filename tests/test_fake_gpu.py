@@ -285,13 +285,17 @@ def test_full_size_trains_in_known_memory(fake_gpus):
 
 
 # Launches of a step at full size: the original's, ours at w = 0, ours with anchors of four. None may grow by more than
-# 20 unseen. fp16 and trained text encoders are counted for the smallest base; the tiny ones above do for the others.
+# 20 unseen.
 LAUNCHES = {
     "sd15 --mixed_precision=bf16": (3569, 3406, 3652),
     "sdxl --mixed_precision=bf16": (11533, 11519, 12041),
     "sd3 --mixed_precision=bf16": (5070, 4900, 5224),
     "sd15 --mixed_precision=fp16": (4284, 3424, 3670),
+    "sdxl --mixed_precision=fp16": (14624, 11536, 12058),
+    "sd3 --mixed_precision=fp16": (6033, 4918, 5241),
     "sd15 --mixed_precision=bf16 --train_text_encoder": (4823, 4590, 4836),
+    "sdxl --mixed_precision=bf16 --train_text_encoder": (16124, 15845, 16367),
+    "sd3 --mixed_precision=bf16 --train_text_encoder": (10953, 9300, 9624),
 }
 
 
