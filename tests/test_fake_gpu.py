@@ -241,7 +241,7 @@ def test_a_step_starts_no_more_kernels_than_the_originals(base, precision, launc
 
 
 # GB that stages need at the most: prompts, pictures, training, and that with checkpointing.
-PEAKS = {"sd15": (0.25, 1.01, 2.90, 2.01), "sdxl": (1.64, 3.03, 13.08, 6.25), "sd3": (11.44, 3.03, 9.36, 4.92)}
+PEAKS = {"sd15": (0.25, 1.01, 2.71, 2.00), "sdxl": (1.64, 3.03, 11.41, 6.00), "sd3": (11.44, 3.03, 8.10, 4.87)}
 
 
 def full_size(folder: Path) -> list[str]:
