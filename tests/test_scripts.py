@@ -421,6 +421,17 @@ def test_when_pictures_are_made(steps, more, expected, sd15, photos, tmp_path):
     assert made == [f"validation-{step:06}.png" for step in expected]
 
 
+@every_script
+def test_pictures_start_from_the_noise_of_the_seed(kind, base_of, photos, tmp_path):
+    """At a rate of 0 nothing else differs between two runs."""
+    drawn = []
+    for seed in (1, 2, 1):
+        more = ["--learning_rate=0", f"--seed={seed}", f"--validation_prompt={PROMPT}", "--num_validation_images=1"]
+        train(KINDS[kind][0], flags(base_of(kind), photos, tmp_path / "out", *more, steps=1))
+        drawn.append((tmp_path / "out" / "image_0.png").read_bytes())
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
 def test_final_pictures_and_nothing_stale(sd15, photos, tmp_path):
     more = ["--validation_prompt=sks", "--final_validation_prompt=sks dog", "--num_validation_images=1"]
     train(SD15, flags(sd15, photos, tmp_path, *more, "--validation_inference_steps=1", "--output_kohya_format"))

@@ -142,9 +142,7 @@ def test_the_gates_of_words_see_what_is_wrong(monkeypatch):
     rows = gates.word_gates(args, "sd3", None, network, 3.0, "cpu")
     passed = {name: value >= gate for _, name, gate, value, _ in rows}
     assert passed["named look: class"] and not passed["named look: colour"] and not passed["named look: pattern"]
-    assert not passed["class beside an unbound word"] and rows[-1][-1].startswith(
-        "ohwx, least of ohwx, qzt; 1.000"
-    )
+    assert not passed["class beside an unbound word"] and rows[-1][-1].startswith("ohwx, least of ohwx, qzt; 1.000")
 
 
 def test_the_shipped_references_are_the_drawn_ones():
