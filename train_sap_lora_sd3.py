@@ -1094,7 +1094,8 @@ class SubjectImages:
             stands_in = ", --instance_prompt stands in for the others" if missing else ""
             logger.info(f"Captions: found for {len(captions) - missing} of {len(captions)} pictures{stands_in}")
         token = args.subject_token
-        if token is None and (args.class_prompt is None or args.class_prompt_lacks is not None):
+        to_derive = args.class_prompt is None or args.class_prompt_lacks is not None
+        if token is None and to_derive:
             token = customary_identifier([caption or "" for caption in captions])
         if token is not None and args.subject_token is None:
             logger.info(f'Anchors:  the captions without "{token}"; --subject_token to say it better')
@@ -1110,7 +1111,8 @@ class SubjectImages:
         if anchored and token is not None:
             for index, caption in enumerate(captions):
                 must_hold_it = args.subject_token is not None or args.class_prompt is None
-                if caption is not None and (must_hold_it or token in IDENTIFIER.findall(caption)):
+                named = must_hold_it or token in IDENTIFIER.findall(caption or "")
+                if caption is not None and named:
                     with explained("--subject_token"):
                         self.anchor_captions[index] = class_caption(caption, token, args.class_token or "")
 
