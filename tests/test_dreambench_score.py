@@ -282,6 +282,11 @@ def test_class_images_made_anew_and_methods_with_other_images(images, tmp_path, 
     assert "an interval over one subject has no width" in said
 
 
+def test_pictures_start_from_noises_of_their_own():
+    keys = itertools.product((0, 1), ("dog", "cat"), (0, 1), (0, 1))  # seed, subject, prompt, number
+    assert len({generate.seed_of(*key) for key in keys}) == 16
+
+
 def test_class_prompts_are_drawn_from_the_same_noise(tmp_path, monkeypatch):
     """The picture of the class prompt is what the base model, which has no other prompt, draws from that seed."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")

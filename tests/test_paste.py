@@ -34,6 +34,8 @@ def test_the_small_script_learns_the_subject_and_the_anchor_keeps_it_from_drifti
     untrained = run(tmp_path / "untrained", "--anchor_weight=1", "--learning_rate=0")
     assert terms["1"][0] < untrained[0]
     assert untrained[1] < 1e-3  # "sks ball" starts out as "ball"
+    other = run(tmp_path / "other", "--learning_rate=0", "--class_prompt=a photo of a red star")
+    assert other[1] > 0.01  # the anchor is that of the class prompt
 
 
 def test_without_the_marked_lines_it_is_a_script_without_an_anchor():
