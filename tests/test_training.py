@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from runner import LORA_FILE, assert_equal, flags, left_in, lora, make_run, metrics, train
+from runner import LORA_FILE, assert_equal, flags, left_in, lora, make_run, metrics, randomise_adapters, train
 
 import train_sap_lora_sd15 as sap
 
@@ -94,6 +94,18 @@ def test_held_out_pictures_are_drawn_in_float32(script, bases, photos, tmp_path,
     assert in_autocast == [False] * 40  # five pictures, each eight times
     (row,) = metrics(tmp_path)
     assert row.keys() == {"step", "val/reconstruction", "val/anchor"}
+
+
+def test_held_out_losses_are_the_same_whenever_they_are_taken(sd15, photos, tmp_path):
+    """The same noise and timesteps, and no dropout."""
+    more = [f"--validation_data_dir={photos}", "--lora_dropout=0.5"]
+    _, run = make_run(SCRIPT, flags(sd15, photos, tmp_path, *more))
+    randomise_adapters(run)
+    run.student.train()
+    for step in (1, 2):
+        sap.log_held_out(run, step)
+    one, two = metrics(tmp_path)
+    assert one | {"step": 2} == two
 
 
 def test_a_held_out_loss_that_is_not_finite_ends_the_run_and_reaches_no_file(sd15, photos, tmp_path, monkeypatch):
