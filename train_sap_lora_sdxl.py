@@ -1169,15 +1169,15 @@ class SubjectImages:
             logger.info(f"Captions: found for {len(captions) - missing} of {len(captions)} pictures{stands_in}")
         token = args.subject_token
         to_derive = args.class_prompt is None or args.class_prompt_lacks is not None
-        if token is None and to_derive:
+        if anchored and token is None and to_derive:
             token = customary_identifier([caption or "" for caption in captions])
+        if anchored and args.class_prompt is None and token is None:
+            raise UsageError(CLASS_PROMPT_NEEDED)
         if token is not None and args.subject_token is None:
             logger.info(f'Anchors:  the captions without "{token}"; --subject_token to say it better')
         if anchored and token is None and len(set(captions) - {None}) > 1:
             advice = "which draws out what they add: with --subject_token each has an anchor of its own"
             logger.warning(f'The captions differ and all are anchored to "{args.class_prompt}", {advice}')
-        if anchored and args.class_prompt is None and token is None:
-            raise UsageError(CLASS_PROMPT_NEEDED)
         if anchored and args.class_prompt is None and missing:
             raise UsageError(f"--class_prompt is needed for the {missing} pictures without a caption")
         self.captions = [caption or args.instance_prompt for caption in captions]

@@ -238,6 +238,13 @@ def test_an_identifier_that_only_the_captions_hold_is_taken_from_them(captioned,
     assert 'the captions without "sks"; --subject_token to say it better' in caplog.text
 
 
+def test_without_an_anchor_captions_are_left_as_they_are(captioned, caplog):
+    sap.logger.setLevel("INFO")
+    arguments = without(flags("base", captioned, "/out", "--anchor_weight=0"), "--class_prompt")
+    assert sap.SubjectImages(sap.parse_args(arguments)).captions[0] == "a photo of sks dog"
+    assert "Anchors:" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("caption", "sentence"),
     [
