@@ -231,6 +231,7 @@ def test_each_sample_meets_its_own_words(kind, more, base_of, captioned, tmp_pat
             ["--gradient_accumulation_steps=2", "--lora_dropout=0.2", "--random_flip", "--do_edm_style_training"],
         ),
         ("sd3", []),
+        ("sd3", ["--class_share=0.5", "--train_batch_size=2", "--gradient_accumulation_steps=2"]),
         ("sd3", ["--use_dora", "--mixed_precision=bf16"]),
     ],
 )
