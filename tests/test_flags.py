@@ -170,6 +170,7 @@ MISTAKES = [
     (SD15, "--unmasked_weight=2", "--unmasked_weight: must be from 0 to 1"),
     (SD15, "--alpha_mask --anchor_weight=0", "masks need the anchor"),
     (SD15, "--class_share=.5 --anchor_weight=0", "--class_share trains on the anchor"),
+    (SD15, "--class_share=.5 --anchor_source=finetuned", "--class_share needs --anchor_source pretrained"),
     (SD15, "--class_share=1", "--class_share: must be at least 0 and below 1"),
     (SD15, "--alpha_mask", "--alpha_mask: the mask of 00.jpg: 100% of it is white"),
     (SD15, "--instance_data_dir=/nowhere", "--instance_data_dir: must be a folder that is there, not '/nowhere'"),
