@@ -2647,7 +2647,7 @@ def check_anchor(args):
     if args.class_share > 0 and args.anchor_weight == 0:
         raise UsageError("--class_share trains on the anchor: drop it, or --anchor_weight 0")
     if args.class_share > 0 and args.anchor_source == "finetuned":
-        raise UsageError("--class_share needs --anchor_source pretrained: the other anchor is the student's own answer")
+        raise UsageError("--class_share needs --anchor_source pretrained: the other one is the student's own answer")
     if args.mask_dir and args.alpha_mask:
         raise UsageError("--mask_dir and --alpha_mask are two sources of masks: pass one")
     masked = args.mask_dir or args.alpha_mask
